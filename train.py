@@ -89,7 +89,7 @@ def fit(model, loss_of_batch, count, arguments):
     """
     import torch
     from accelerate import Accelerator
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from torch.optim.swa_utils import AveragedModel
 
     steps = arguments.pictures // arguments.batch_size
     accelerator = Accelerator()
@@ -98,16 +98,22 @@ def fit(model, loss_of_batch, count, arguments):
                                   fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / arguments.warmup_steps, 0.5 + 0.5 * math.cos(math.pi * min(1, step / steps))))
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay))
+
+    def move_average(averages, currents, count):  # a young average forgets faster: its zero initialisation is no memory
+        decay = min(arguments.ema_decay, (1 + count.item()) / (10 + count.item()))
+        torch._foreach_lerp_(averages, currents, 1 - decay)
+
+    average = AveragedModel(model, multi_avg_fn=move_average)
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     accelerator.register_for_checkpointing(average)
 
-    checkpoint = arguments.output / "checkpoint"
-    first_step = 0
-    if (checkpoint / "step.json").is_file():
-        accelerator.load_state(str(checkpoint))
-        first_step = json.loads((checkpoint / "step.json").read_text())["step"]
-        print(f"going on from step {first_step} of {steps}", flush=True)
+    checkpoint, first_step = arguments.output / "checkpoint", 0
+    for folder in (checkpoint, checkpoint.with_name("checkpoint.old")):  # the latter alone: killed between two renames
+        if (folder / "step.json").is_file():
+            accelerator.load_state(str(folder))
+            first_step = json.loads((folder / "step.json").read_text())["step"]
+            print(f"going on from step {first_step} of {steps}", flush=True)
+            break
 
     model.train()
     total, since, started = torch.zeros(()), 0, time.time()
@@ -137,6 +143,7 @@ def save_checkpoint(accelerator, folder, step):
     accelerator.save_state(str(fresh))
     (fresh / "step.json").write_text(json.dumps({"step": step}))
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     fresh.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -189,7 +196,7 @@ def train_dit(arguments):
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler
 
-    from nets import Transformer2DModel
+    from nets import DiTPipeline, Transformer2DModel
     from nets.diffusion import GaussianDiffusion, linear_betas
 
     pictures, labels = read_fashion_mnist(arguments.data, "train")
@@ -211,11 +218,14 @@ def train_dit(arguments):
         return diffusion.hybrid_loss(output, latents, noise, timestep).mean()
 
     transformer = fit(transformer, loss_of_batch, len(pictures), arguments)
-    # Betas spelled out and no timestep_spacing, as in the published config: each scheduler keeps its own spacing.
-    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
-    from nets import DiTPipeline
+    # What the published config says, and no timestep_spacing: each scheduler class keeps its own.
+    scheduler = DDIMScheduler(num_train_timesteps=diffusion.num_timesteps, beta_start=1e-4, beta_end=0.02,
+                              beta_schedule="linear", trained_betas=None, clip_sample=False, set_alpha_to_one=True,
+                              steps_offset=0, prediction_type="epsilon")
     pipeline = DiTPipeline(transformer, vae, scheduler, id2label=dict(enumerate(CLASS_NAMES)))
-    pipeline.to(torch.float16).save_pretrained(arguments.output)
+    for part in (transformer, vae):
+        torch.nn.Module.half(part)  # diffusers' own `half` warns of modules to keep in float32, of which there are none
+    pipeline.save_pretrained(arguments.output)
     print(f"wrote {arguments.output}")
 
 

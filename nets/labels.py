@@ -23,7 +23,9 @@ def find_label_ids(names: str | list[str], labels: dict[str, int]) -> list[int]:
     names = [names] if isinstance(names, str) else list(names)
     plain = {plain_form(name): label for name, label in labels.items()}
     for name in names:
-        if name not in labels and plain_form(name) not in plain:
+        if not isinstance(name, str):
+            raise ValueError(f"class name {name!r} is not a string; the pipeline takes ids as they are")
+        if plain_form(name) not in plain:
             raise ValueError(f"unknown class {name!r}; nearest: {', '.join(nearest_names(name, labels))}")
     return [labels[name] if name in labels else plain[plain_form(name)] for name in names]
 
@@ -59,11 +61,12 @@ def check_class_ids(class_labels, null_class: int) -> list[int]:
 def check_class_id(value, null_class: int) -> int:
     """One class id as an int; errors as `check_class_ids`."""
     try:
-        label = operator.index(value.item() if hasattr(value, "item") else value)
+        number = value.item() if hasattr(value, "item") else value
+        label = None if isinstance(number, bool) else operator.index(number)
     except (TypeError, ValueError, RuntimeError):
         label = None
-    if label is None or isinstance(label, bool):
-        raise TypeError(f"class id {value!r} is not an integer")
+    if label is None:
+        raise TypeError(f"class id {' '.join(repr(value).split())} is not an integer")
     if not 0 <= label <= null_class:
         raise ValueError(f"class id {label} is out of range: this model has 0 to {null_class - 1}, "
                          f"and {null_class} for no class")

@@ -6,6 +6,7 @@ is section 3.1, "Diffusion formulation" and "Classifier-free guidance".
 
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
@@ -14,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from nets.guidance import guide, predicted_noise
 from nets.labels import check_class_ids, find_label_ids, label_table
-from nets.loading import CLASS_ON_DISK, load_transformer
+from nets.loading import CLASS_ON_DISK, leave_out_defaults, load_transformer
 from nets.transformer_2d import Transformer2DModel
 
 CONDITIONING_BYTES = 256 * 2**20  # how much of the steps' conditioning is computed at a time
@@ -47,6 +48,11 @@ class DiTPipeline(DiffusionPipeline):
         """Write `model_index.json`, in which the transformer has the name under which diffusers knows it."""
         self.register_to_config(transformer=CLASS_ON_DISK)
         super().save_config(save_directory, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As diffusers' `save_pretrained`; class names are kept, and the scheduler's defaults are not pinned."""
+        super().save_pretrained(save_directory, **kwargs)
+        leave_out_defaults(self.scheduler, Path(save_directory) / "scheduler")
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """The class ids of one name or a list of names. Raises ValueError for a name that the model does not know."""

@@ -1,0 +1,90 @@
+"""What several test files share: random models in pairs, ours and upstream's, with the same weights."""
+
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from nets import DiTPipeline, Transformer2DModel
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL_MODEL = ROOT / "model_data/fashion-mnist-32"
+TINY = dict(num_attention_heads=2, attention_head_dim=16, num_layers=2, out_channels=8, sample_size=8,
+            num_embeds_ada_norm=10)
+XL = dict(num_attention_heads=16, attention_head_dim=72, num_layers=28, in_channels=4, out_channels=8, sample_size=32,
+          patch_size=2, num_embeds_ada_norm=1000)
+
+
+def fill(model, seed=0):
+    """Random weights everywhere, adaLN and gates included, small enough that nothing explodes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5 / max(1, parameter[0].numel()) ** 0.5 if parameter.ndim > 1 else 0.05,
+                              generator=generator)
+    return model
+
+
+def make_embedders_equal(upstream):
+    """Give all blocks of an upstream model the numbers of the first one's embedder, as the published weights have."""
+    first, *others = (block.norm1.emb for block in upstream.transformer_blocks)
+    for emb in others:
+        emb.load_state_dict(first.state_dict())
+    return upstream
+
+
+def upstream_model(equal_embedders=True, **config):
+    """A random upstream transformer, in eval mode."""
+    model = fill(diffusers.DiTTransformer2DModel(**config)).eval()
+    return make_embedders_equal(model) if equal_embedders else model
+
+
+def ours_with(state_dict, **config):
+    """Our transformer with these weights, in eval mode."""
+    model = Transformer2DModel(**config).eval()
+    model.load_state_dict(state_dict)
+    return model
+
+
+def embedder_count(model):
+    """How many different embedders the blocks of a model use."""
+    return len({id(block.norm1.emb) for block in model.transformer_blocks})
+
+
+def tiny_vae():
+    """A random VAE that turns 8x8x4 latents into 16x16 pictures."""
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4,
+                                   down_block_types=("DownEncoderBlock2D",) * 2,
+                                   up_block_types=("UpDecoderBlock2D",) * 2).eval()
+
+
+def tiny_pipeline(**config):
+    """A random pipeline of ours, with ten named classes."""
+    transformer = fill(Transformer2DModel(**{**TINY, **config})).eval()
+    scheduler = diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)
+    pipeline = DiTPipeline(transformer, tiny_vae(), scheduler, id2label={k: f"class {k}, name {k}" for k in range(10)})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def pipeline():
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    """The model that ships, loaded once; tests put back what they change."""
+    pipeline = DiTPipeline.from_pretrained(SMALL_MODEL)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def cuda():
+    """The GPU; tests that ask for it carry the mark `cuda` and skip where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU on this machine")
+    return torch.device("cuda")

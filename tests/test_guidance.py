@@ -1,0 +1,70 @@
+"""nets/guidance.py against what upstream's pipeline hands its scheduler, and against the theory."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+from nets.guidance import guide, predicted_noise
+
+
+def recorded_step(monkeypatch, out_channels, guidance_scale):
+    """One step of upstream's pipeline for two pictures: the network's output, and what the scheduler is given."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, sample_size=4,
+                                        out_channels=out_channels, num_layers=1)
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+    pipeline = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    record, step = {}, pipeline.scheduler.step
+
+    def recording_step(model_output, *args):
+        record["stepped"] = model_output
+        return step(model_output, *args)
+
+    monkeypatch.setattr(pipeline.scheduler, "step", recording_step)
+    transformer.register_forward_hook(lambda module, args, output: record.update(output=output.sample))
+    pipeline([1, 2], guidance_scale=guidance_scale, num_inference_steps=1, output_type="pt")
+    return record["output"], record["stepped"]
+
+
+@pytest.mark.parametrize("out_channels", [4, 8])
+@pytest.mark.parametrize("guidance_scale", [1.5, 4.0])
+def test_guided_noise_equals_what_upstream_gives_its_scheduler(monkeypatch, out_channels, guidance_scale):
+    output, stepped = recorded_step(monkeypatch, out_channels, guidance_scale)
+    conditional, unconditional = predicted_noise(output, 4).chunk(2)
+    assert torch.equal(guide(conditional, unconditional, guidance_scale), stepped[:2])
+
+
+@pytest.mark.parametrize("out_channels", [4, 8])
+def test_unguided_noise_equals_what_upstream_gives_its_scheduler(monkeypatch, out_channels):
+    output, stepped = recorded_step(monkeypatch, out_channels, 1.0)
+    assert torch.equal(predicted_noise(output, 4), stepped)
+
+
+def test_scale_one_is_the_conditional_and_scale_zero_the_unconditional_prediction():
+    conditional, unconditional = torch.randn(2, 3, 4, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(guide(conditional, unconditional, 1.0), conditional, rtol=0, atol=1e-14)
+    assert torch.equal(guide(conditional, unconditional, 0.0), unconditional)
+
+
+@pytest.mark.parametrize("guidance_scale", [0.5, 1.0, 4.0])
+def test_guided_scores_are_those_of_the_sharpened_density(guidance_scale):
+    x = torch.linspace(-2, 2, 32, dtype=torch.float64).reshape(2, 4, 2, 2).requires_grad_()
+    marginal = torch.distributions.Normal(0.0, 1.0).log_prob(x)
+    given_class = torch.distributions.Normal(0.7, 0.5).log_prob(x)
+    sharpened = marginal + guidance_scale * (given_class - marginal)  # p(x) p(c | x)^scale, unnormalised
+    target, conditional, unconditional = (
+        torch.autograd.grad(density.sum(), x, retain_graph=True)[0] for density in (sharpened, given_class, marginal))
+    torch.testing.assert_close(guide(conditional, unconditional, guidance_scale), target, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_guidance_keeps_the_dtype(dtype):
+    assert guide(torch.ones(1, 4, 2, 2, dtype=dtype), torch.zeros(1, 4, 2, 2, dtype=dtype), 4.0).dtype == dtype
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5, 7, 9, 12])
+def test_another_number_of_channels_is_refused_in_one_line(channels):
+    with pytest.raises(ValueError, match=rf"gave {channels} channels for latents of 4; expected 4, or 8 .*$") as error:
+        predicted_noise(torch.zeros(1, channels, 2, 2), 4)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,243 @@
+"""DiTPipeline against diffusers' DiTPipeline: pictures, ids, what the network sees, and what it is told beforehand."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, XL, embedder_count, ours_with, tiny_pipeline, tiny_vae, upstream_model
+
+import nets.pipeline
+from nets import DiTPipeline
+
+SCHEDULERS = {"dpm": diffusers.DPMSolverMultistepScheduler, "ddim": diffusers.DDIMScheduler,
+              "unipc": diffusers.UniPCMultistepScheduler, "deis": diffusers.DEISMultistepScheduler}
+
+
+def upstream_twin(pipeline):
+    """Upstream's pipeline with our pipeline's weights; its null class is 1000, so the label tables grow to 1001 rows."""
+    config = {key: value for key, value in pipeline.transformer.config.items() if not key.startswith("_")}
+    state = pipeline.transformer.state_dict()
+    for key in [key for key in state if key.endswith("embedding_table.weight")]:
+        table = torch.zeros(1001, state[key].shape[1])
+        table[:len(state[key]) - 1], table[1000] = state[key][:-1], state[key][-1]
+        state[key] = table
+    transformer = diffusers.DiTTransformer2DModel(**{**config, "num_embeds_ada_norm": 1000}).eval()
+    transformer.load_state_dict(state)
+    twin = diffusers.DiTPipeline(transformer, pipeline.vae, pipeline.scheduler)
+    twin.set_progress_bar_config(disable=True)
+    return twin
+
+
+def run(pipeline, class_labels, seed=3, steps=6, output_type="np", **arguments):
+    generator = torch.Generator().manual_seed(seed)
+    return pipeline(class_labels, generator=generator, num_inference_steps=steps, output_type=output_type,
+                    **arguments).images
+
+
+def assert_same_pictures(ours, upstream):
+    assert np.abs(ours - upstream).max() < 1e-4
+    levels = [np.rint(images * 255).astype(int) for images in (ours, upstream)]
+    assert np.abs(levels[0] - levels[1]).max() <= 1
+    assert (levels[0] == levels[1]).mean() >= 0.995
+
+
+@pytest.fixture(scope="module")
+def random_pair():
+    ours = tiny_pipeline(num_embeds_ada_norm=1000)
+    return ours, upstream_twin(ours)
+
+
+@pytest.fixture(scope="module")
+def shipped_pair(small_model):
+    return small_model, upstream_twin(small_model)
+
+
+@pytest.mark.parametrize("batch", [[3], [3, 3, 7]], ids=["batch 1", "batch 3"])
+@pytest.mark.parametrize("guidance_scale", [1, 1.5, 4])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("pair", ["random_pair", "shipped_pair"])
+def test_pictures_are_upstreams(pair, scheduler, guidance_scale, batch, request):
+    ours, upstream = request.getfixturevalue(pair)
+    for pipeline in (ours, upstream):
+        pipeline.scheduler = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
+    pictures = run(ours, batch, guidance_scale=guidance_scale)
+    assert pictures.std() > 0.01
+    assert_same_pictures(pictures, run(upstream, batch, guidance_scale=guidance_scale))
+
+
+def test_upstreams_transformer_works_in_it(random_pair):
+    ours, upstream = random_pair
+    mixed = DiTPipeline(upstream.transformer, ours.vae, ours.scheduler)
+    mixed.set_progress_bar_config(disable=True)
+    assert_same_pictures(run(mixed, [3, 7]), run(upstream, [3, 7]))
+
+
+def test_defaults_are_upstreams(random_pair):
+    ours, upstream = random_pair
+    for pipeline in (ours, upstream):
+        pipeline.scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    pictures = [pipeline([5], generator=torch.manual_seed(0)).images[0] for pipeline in (ours, upstream)]
+    assert np.abs(np.asarray(pictures[0]).astype(int) - np.asarray(pictures[1])).max() <= 1
+
+
+def test_output_types_hold_the_same_picture(pipeline):
+    as_np, as_pt, as_pil = (run(pipeline, [1, 2], output_type=kind) for kind in ("np", "pt", "pil"))
+    assert as_np.shape == (2, 16, 16, 3) and as_pt.shape == (2, 3, 16, 16)
+    assert np.array_equal(as_pt.permute(0, 2, 3, 1).numpy(), as_np)
+    assert np.array_equal(np.asarray(as_pil[1]), (as_np[1] * 255).round().astype("uint8"))
+    assert np.array_equal(pipeline([1, 2], generator=torch.Generator().manual_seed(3), num_inference_steps=6,
+                                   output_type="np", return_dict=False)[0], as_np)
+    with pytest.raises(ValueError, match="jpeg"):
+        run(pipeline, [1], output_type="jpeg")
+
+
+def test_the_null_class_is_the_models_own(pipeline):
+    seen = []
+    condition = pipeline.transformer.condition
+    pipeline.transformer.condition = lambda t, y: seen.append(y) or condition(t, y)
+    run(pipeline, [4, 2, 4], steps=3)
+    assert seen[0].tolist() == [2, 4, 10] * 3  # distinct classes and null, once a step
+
+
+def test_the_null_class_may_be_asked_for_and_guidance_then_changes_nothing(pipeline):
+    plain, guided = run(pipeline, [10], guidance_scale=1), run(pipeline, [10], guidance_scale=3.0)
+    assert np.abs(plain - guided).max() < 1e-5
+    assert np.abs(plain - run(pipeline, [1], guidance_scale=1)).max() > 1e-3
+
+
+def test_ids_of_every_integer_kind_make_the_same_picture(pipeline):
+    expected = run(pipeline, [7])
+    for ids in (7, np.int64(7), np.array([7]), torch.tensor(7), torch.tensor([7]), [np.int32(7)], (7,)):
+        assert np.array_equal(run(pipeline, ids), expected)
+
+
+@pytest.mark.parametrize("ids", [[-1], [11], [1.0], [], torch.tensor([0.5]), ["bag"], "bag", None, [True]])
+def test_wrong_ids_are_refused_before_any_work(pipeline, ids):
+    pipeline.transformer.forward = pipeline.vae.decode = None
+    with pytest.raises((ValueError, TypeError)) as error:
+        pipeline(ids)
+    assert "\n" not in str(error.value)
+
+
+def test_conditioning_is_the_same_however_it_is_chunked(pipeline, monkeypatch):
+    whole = run(pipeline, [1, 2], steps=5)
+    calls = []
+    condition = pipeline.transformer.condition
+    pipeline.transformer.condition = lambda t, y: calls.append(len(t)) or condition(t, y)
+    step_bytes = 3 * (6 * 2 + 2) * 32 * 4  # three classes, six vectors in two blocks and two at the head
+    for budget, expected in ((step_bytes * 5, [15]), (step_bytes * 2, [6, 6, 3]), (1, [3] * 5)):
+        monkeypatch.setattr(nets.pipeline, "CONDITIONING_BYTES", budget)
+        calls.clear()
+        assert np.abs(run(pipeline, [1, 2], steps=5) - whole).max() < 1e-5
+        assert calls == expected
+
+
+def test_forward_hooks_see_every_step(pipeline):
+    shapes = []
+    pipeline.transformer.register_forward_hook(lambda module, inputs, output: shapes.append(inputs[0].shape[0]))
+    run(pipeline, [1, 2, 3], steps=5)
+    assert shapes == [6] * 5
+
+
+def test_a_compiled_transformer_sees_every_step_and_makes_the_same_picture(pipeline):
+    expected = run(pipeline, [1, 2], steps=4)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        def call(*inputs):
+            graphs.append(graph)
+            return graph(*inputs)
+        return call
+
+    pipeline.transformer = torch.compile(pipeline.transformer, backend=backend, fullgraph=True)
+    assert np.abs(run(pipeline, [1, 2], steps=4) - expected).max() < 1e-6
+    assert len(graphs) == 4 and len(set(map(id, graphs))) == 1
+
+
+def test_accelerates_offloading_hooks_see_every_step(pipeline):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Count(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    hook = Count()
+    add_hook_to_module(pipeline.transformer, hook)
+    run(pipeline, [1], steps=5)
+    assert hook.calls == 5
+
+
+def test_the_scheduler_sees_the_batch_once(pipeline):
+    step, seen = pipeline.scheduler.step, []
+    pipeline.scheduler.step = lambda noise, t, latents, **kw: seen.append(latents.shape[0]) or step(noise, t, latents, **kw)
+    run(pipeline, [1, 2, 3], steps=2)
+    assert seen == [3, 3]
+
+
+def test_a_model_without_learned_variance_makes_upstreams_pictures():
+    ours = tiny_pipeline(out_channels=4)
+    assert_same_pictures(run(ours, [1, 2]), run(upstream_twin(ours), [1, 2]))
+
+
+def test_out_channels_none_works():
+    ours, twin = tiny_pipeline(out_channels=None), tiny_pipeline(out_channels=4)
+    assert np.array_equal(run(ours, [1, 2]), run(twin, [1, 2]))
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DDPMScheduler"])
+def test_one_seed_makes_one_picture_with_schedulers_that_scale_or_draw_noise(pipeline, name):
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    first = run(pipeline, [1, 2])
+    assert np.array_equal(run(pipeline, [1, 2]), first)
+    assert not np.array_equal(run(pipeline, [1, 2], seed=4), first)
+
+
+def test_names_become_ids_one_or_many(pipeline):
+    assert pipeline.get_label_ids("name 3") == [3]
+    assert pipeline.get_label_ids(["class 1", "name 9"]) == [1, 9]
+    assert pipeline.labels["class 7"] == 7
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("generator_device", ["cpu", "cuda"])
+def test_whole_pipeline_on_a_gpu_makes_upstreams_pictures_at_xl_2(cuda, dtype, generator_device):
+    transformer = upstream_model(**XL)
+    ours = ours_with(transformer.state_dict(), **XL)
+    pictures = []
+    for kind, network in ((diffusers.DiTPipeline, transformer), (DiTPipeline, ours)):
+        pipeline = kind(network, tiny_vae(), diffusers.DPMSolverMultistepScheduler()).to(cuda, dtype)
+        generator = torch.Generator(generator_device).manual_seed(0)
+        pictures.append(pipeline([207, 360], generator=generator, num_inference_steps=5, output_type="np").images)
+    assert np.abs(pictures[0] - pictures[1]).max() < (1e-4 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.cuda
+def test_a_generator_on_the_cpu_and_one_on_the_gpu_each_repeat_themselves(cuda, pipeline):
+    pipeline.to(cuda)
+    for device in ("cpu", "cuda"):
+        first, second = (pipeline([1, 2], generator=torch.Generator(device).manual_seed(5), num_inference_steps=3,
+                                  output_type="np").images for _ in range(2))
+        assert np.array_equal(first, second)
+
+
+def test_new_models_of_ours_run_in_a_pipeline_in_half_precision_formats(pipeline):
+    exact = run(pipeline, [1, 2])
+    pipeline.to(torch.bfloat16)
+    assert 0 < np.abs(run(pipeline, [1, 2]) - exact).mean() < 0.1
+
+
+def test_random_upstream_weights_with_unequal_embedders_make_upstreams_pictures():
+    config = {**TINY, "num_embeds_ada_norm": 1000}
+    upstream = upstream_model(False, **config)
+    ours = ours_with(upstream.state_dict(), **config)
+    pictures = []
+    for kind, network in ((DiTPipeline, ours), (diffusers.DiTPipeline, upstream)):
+        pipeline = kind(network, tiny_vae(), diffusers.DDIMScheduler(clip_sample=False))
+        pipeline.set_progress_bar_config(disable=True)
+        pictures.append(run(pipeline, [1, 2]))
+    assert embedder_count(ours) == 2
+    assert_same_pictures(*pictures)

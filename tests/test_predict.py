@@ -1,0 +1,160 @@
+"""predict.py as a user runs it; in this process where that shows the same, in its own where start-up matters."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL_MODEL, tiny_pipeline
+from PIL import Image
+
+import predict
+
+
+def run(capsys, *arguments):
+    """Exit status, standard output and standard error of one run."""
+    try:
+        status = predict.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err.splitlines()[-1] if captured.err else ""
+
+
+def test_names_become_recognisable_pictures(capsys, tmp_path):
+    import torch
+    from transformers import AutoModelForImageClassification
+
+    names = ["trouser", "bag", "sneaker", "ankle boot", "dress"]
+    status, out, _ = run(capsys, *names, "--images-per-class", 4, "--output-dir", tmp_path)
+    assert status == 0
+    files = [line.split("  ")[0] for line in out.splitlines() if ".png" in line]
+    assert len(files) == 20 and "dpm, 25 steps, guidance 4" in out and "seed 42" in out and "cpu" in out
+    images = np.stack([np.asarray(Image.open(file)) for file in files])
+    classifier = AutoModelForImageClassification.from_pretrained(ROOT / "model_data/fashion-mnist-classifier")
+    inputs = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        found = [classifier.config.id2label[i] for i in classifier.eval()(inputs).logits.argmax(1).tolist()]
+    wanted = [name for name in names for _ in range(4)]
+    assert sum(a == b for a, b in zip(found, wanted)) >= 18
+
+
+def test_the_pictures_are_those_of_the_pipeline(capsys, tmp_path, small_model):
+    import torch
+    from diffusers import DDIMScheduler
+
+    run(capsys, "bag", "coat", "--scheduler", "ddim", "--steps", 5, "--seed", 7, "--guidance-scale", 2,
+        "--output-dir", tmp_path)
+    small_model.scheduler = DDIMScheduler.from_config(small_model.scheduler.config)
+    expected = small_model([8, 4], guidance_scale=2, num_inference_steps=5, generator=torch.manual_seed(7)).images
+    for name, picture in zip(("bag", "coat"), expected):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"{name}-seed7.png")), np.asarray(picture))
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "euler"])
+def test_like_makes_that_very_picture_again_alone(scheduler, capsys, tmp_path):
+    run(capsys, "bag", "coat", "--steps", 3, "--scheduler", scheduler, "--images-per-class", 2, "--seed", 5,
+        "--guidance-scale", 1.5, "--output-dir", tmp_path / "first")
+    original = tmp_path / "first/coat-seed5-2.png"
+    status, _, _ = run(capsys, "--like", original, "--output-dir", tmp_path / "second")
+    (again,) = (tmp_path / "second").iterdir()
+    assert status == 0
+    assert np.array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(original)))
+    assert Image.open(again).text == Image.open(original).text
+
+
+def test_a_picture_says_how_it_was_made(capsys, tmp_path):
+    run(capsys, "bag", "coat", "--steps", 2, "--output-dir", tmp_path)
+    text = Image.open(tmp_path / "coat-seed42.png").text
+    assert json.loads(text["class_ids"]) == [8, 4] and text["index"] == "1" and text["class_name"] == "coat"
+    assert (text["model"], text["seed"], text["steps"], text["guidance_scale"], text["scheduler"], text["dtype"]) == (
+        "fashion-mnist-32", "42", "2", "4.0", "dpm", "float32")
+    assert "torch" in text["versions"] and "diffusers" in text["versions"]
+
+
+def test_like_of_another_file_is_refused_in_one_line(capsys, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for name in ("plain.png", "text.png", "missing.png"):
+        status, out, error = run(capsys, "--like", tmp_path / name)
+        assert status == 2 and out == "" and name in error
+
+
+def test_no_name_picks_two_classes_of_the_model(capsys, tmp_path):
+    status, _, _ = run(capsys, "--steps", 2, "--output-dir", tmp_path)
+    made = {Image.open(path).text["class_name"] for path in tmp_path.iterdir()}
+    id2label = json.loads((SMALL_MODEL / "model_index.json").read_text())["id2label"]
+    known = {names.split(",")[0] for names in id2label.values()}
+    assert status == 0 and len(made) == 2 and made <= known
+
+
+def test_nothing_is_overwritten_and_nothing_unfinished_is_left(capsys, tmp_path):
+    for _ in range(2):
+        run(capsys, "bag", "--steps", 2, "--images-per-class", 2, "--output-dir", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "bag-seed42-2.png", "bag-seed42-3.png", "bag-seed42-4.png", "bag-seed42.png"]
+
+
+def test_the_grid_shows_every_picture(capsys, tmp_path):
+    run(capsys, "bag", "coat", "shirt", "--steps", 2, "--grid", "--output-dir", tmp_path)
+    grid = np.asarray(Image.open(tmp_path / "grid-seed42.png"))
+    picture = np.asarray(Image.open(tmp_path / "shirt-seed42.png"))
+    assert np.array_equal(grid[2:98:3, 202:298:3], picture)
+
+
+def test_a_misspelt_name_gets_the_nearest_ones_and_status_2(capsys, tmp_path):
+    status, out, error = run(capsys, "sneeker", "--output-dir", tmp_path / "none")
+    assert status == 2 and out == "" and "'sneeker'" in error and "sneaker" in error
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_name_of_imagenet_gets_the_way_to_its_model(capsys):
+    status, _, error = run(capsys, "golden retriever")
+    assert status == 2 and "facebook/DiT-XL-2-256" in error and "--model" in error
+    assert "facebook" not in run(capsys, "sneeker")[2]
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["--seed", "-1"], "-1"), (["--steps", "0"], "0"), (["--steps", "many"], "many"), (["--scheduler", "magic"], "magic"),
+    (["--images-per-class", "0"], "0"), (["--model", "no/such/folder"], "no/such/folder"), (["--dtype", "int4"], "int4"),
+    (["--device", "abacus", "--steps", "2"], "abacus"), (["--guidance-scale", "nan"], "nan"),
+])
+def test_wrong_values_are_named_and_end_with_status_2(arguments, named, capsys):
+    status, out, error = run(capsys, "bag", *arguments)
+    assert status == 2 and out == "" and named in error
+
+
+def test_list_classes_prints_ids_and_names(capsys):
+    status, out, _ = run(capsys, "--list-classes", "BOOT")
+    assert status == 0 and out.split() == ["9", "ankle", "boot"]
+    assert len(run(capsys, "--list-classes")[1].splitlines()) == 10
+
+
+def test_any_folder_of_the_format_can_be_the_model(capsys, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    status, _, _ = run(capsys, "name 3", "--model", tmp_path / "model", "--steps", 2, "--output-dir", tmp_path / "out")
+    assert status == 0 and Image.open(tmp_path / "out/class-3-seed42.png").size == (16, 16)
+
+
+def test_a_damaged_model_gets_one_line(capsys, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    weights = tmp_path / "transformer/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    status, _, error = run(capsys, "name 3", "--model", tmp_path)
+    assert status == 2 and str(tmp_path) in error
+    (tmp_path / "model_index.json").write_text("{")
+    assert run(capsys, "name 3", "--model", tmp_path)[0] == 2
+
+
+def test_help_answers_before_anything_heavy_is_imported():
+    program = ("import sys, predict\ntry: predict.main(['--help'])\nexcept SystemExit: pass\n"
+               "assert not {'torch', 'diffusers', 'numpy', 'PIL'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True)
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "predict.py", "--help"], cwd=ROOT, check=True, capture_output=True)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.5
