@@ -5,7 +5,6 @@ showing the two towers of a DiT. `condition(timestep, class_labels)` is the cond
 tower, and takes either those two arguments or the result of `condition`.
 """
 
-import copy
 from typing import NamedTuple
 
 import torch
@@ -14,10 +13,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from nets.attention import BasicTransformerBlock
 from nets.embeddings import PatchEmbed
+from nets.sharing import is_copy, share_as_in_files, share_embedders, share_if_equal, write_out_every_copy
 
 # Keys that only the published 2022 configs carry, with the one value that means "a DiT".
 LEGACY_CONFIG = {"cross_attention_dim": None, "num_vector_embeds": None, "use_linear_projection": False,
@@ -191,13 +190,11 @@ class Transformer2DModel(ModelMixin, ConfigMixin):
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As diffusers' `from_pretrained`; copies of the embedder that are equal become one."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple where output_loading_info=True
-        if embedders_equal(*(block.norm1.emb.state_dict() for block in model.transformer_blocks)):
-            share_embedders(model)
-        return loaded
+    def _load_pretrained_model(cls, model, state_dict, resolved_model_file, *args, **kwargs):
+        """The step of `from_pretrained` that fills the model: whether the embedder is shared is settled before it."""
+        if share_as_in_files(model, resolved_model_file) and state_dict is not None:
+            state_dict = {key: tensor for key, tensor in state_dict.items() if not is_copy(key)}
+        return super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
 
 
 def require(key: str, value, *supported):
@@ -205,64 +202,3 @@ def require(key: str, value, *supported):
     if value not in supported:
         raise ValueError(f"config {key}={value!r} is not supported by this network; it does " +
                          " or ".join(repr(choice) for choice in supported))
-
-
-def share_embedders(model: Transformer2DModel):
-    """Make all blocks use the first block's embedder, as in the paper."""
-    for block in model.transformer_blocks:
-        block.norm1.emb = model.transformer_blocks[0].norm1.emb
-
-
-def unshare_embedders(model: Transformer2DModel):
-    """Give each block an embedder of its own. An optimiser built before does not know them: its next step is refused."""
-    first, *others = (block.norm1 for block in model.transformer_blocks)
-    separate = []
-    for norm in others:
-        if norm.emb is first.emb:
-            norm.emb = copy.deepcopy(first.emb)
-            separate += norm.emb.parameters()
-    if separate and first.linear.weight.device.type != "meta":
-        refuse_stale_optimizers(list(first.emb.parameters()), separate)
-
-
-def refuse_stale_optimizers(known: list[nn.Parameter], separate: list[nn.Parameter]):
-    """Raise a RuntimeError when an optimiser that trains `known` but not the trainable ones of `separate` steps."""
-
-    def check(optimizer, *_):
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if any(id(p) in held for p in known) and any(p.requires_grad and id(p) not in held for p in separate):
-            raise RuntimeError("this optimizer was built before weights with unequal embedders were loaded, and would not "
-                               "train them; build it again after loading")
-
-    register_optimizer_step_pre_hook(check)
-
-
-def embedders_equal(*embedders: dict[str, torch.Tensor]) -> bool:
-    """Whether the state dicts of all blocks' embedders hold the same numbers; compared in place, without a copy."""
-    first, *others = embedders
-    return all(tensor is first[name] or torch.equal(tensor, first[name])
-               for other in others for name, tensor in other.items())
-
-
-def write_out_every_copy(model: Transformer2DModel, state_dict: dict, prefix: str, local_metadata: dict):
-    """State-dict hook: the copies of a shared embedder get memory of their own, as file formats demand."""
-    first, *others = (block.norm1 for block in model.transformer_blocks)
-    for index, norm in enumerate(others, start=1):
-        if norm.emb is first.emb:
-            for name, _ in norm.emb.named_parameters():
-                key = f"{prefix}transformer_blocks.{index}.norm1.emb.{name}"
-                if key in state_dict:
-                    state_dict[key] = state_dict[key].clone()
-
-
-def share_if_equal(model: Transformer2DModel, state_dict: dict, prefix: str, *_):
-    """Load-state-dict hook: one embedder if all the copies that come are equal, one a block if they differ."""
-    names = [name for name, _ in model.transformer_blocks[0].norm1.emb.named_parameters()]
-    embedders = [{name: state_dict.get(f"{prefix}transformer_blocks.{index}.norm1.emb.{name}") for name in names}
-                 for index in range(len(model.transformer_blocks))]
-    if any(tensor is None for embedder in embedders for tensor in embedder.values()):
-        return  # incomplete: load_state_dict itself names the missing keys
-    if embedders_equal(*embedders):
-        share_embedders(model)
-    else:
-        unshare_embedders(model)

@@ -1,0 +1,99 @@
+"""One embedder for all blocks, in memory; a copy in every block, on disk.
+
+The paper has one embedder of (timestep, class); the published file format has one a block. Sharing follows from equality:
+a model's blocks share theirs if the weights that it was given are equal in all blocks.
+"""
+
+import copy
+
+import torch
+from diffusers.models.model_loading_utils import load_state_dict
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+
+def share_embedders(model: nn.Module):
+    """Make all blocks use the first block's embedder, as in the paper."""
+    for block in model.transformer_blocks:
+        block.norm1.emb = model.transformer_blocks[0].norm1.emb
+
+
+def unshare_embedders(model: nn.Module):
+    """Give each block an embedder of its own. An optimiser built before does not know them: its next step is refused."""
+    first, *others = (block.norm1 for block in model.transformer_blocks)
+    separate = []
+    for norm in others:
+        if norm.emb is first.emb:
+            norm.emb = copy.deepcopy(first.emb)
+            separate += norm.emb.parameters()
+    if separate and first.linear.weight.device.type != "meta":
+        refuse_stale_optimizers(list(first.emb.parameters()), separate)
+
+
+def refuse_stale_optimizers(known: list[nn.Parameter], separate: list[nn.Parameter]):
+    """Raise a RuntimeError when an optimiser that trains `known` but not the trainable ones of `separate` steps."""
+
+    def check(optimizer, *_):
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if any(id(p) in held for p in known) and any(p.requires_grad and id(p) not in held for p in separate):
+            raise RuntimeError("this optimizer was built before weights with unequal embedders were loaded, and would not "
+                               "train them; build it again after loading")
+
+    register_optimizer_step_pre_hook(check)
+
+
+def embedders_equal(*embedders: dict[str, torch.Tensor]) -> bool:
+    """Whether the state dicts of all blocks' embedders hold the same numbers; compared in place, without a copy."""
+    first, *others = embedders
+    return all(tensor is first[name] or torch.equal(tensor, first[name])
+               for other in others for name, tensor in other.items())
+
+
+def write_out_every_copy(model: nn.Module, state_dict: dict, prefix: str, local_metadata: dict):
+    """State-dict hook: the copies of a shared embedder get memory of their own, as file formats demand."""
+    first, *others = (block.norm1 for block in model.transformer_blocks)
+    for index, norm in enumerate(others, start=1):
+        if norm.emb is first.emb:
+            for name, _ in norm.emb.named_parameters():
+                key = f"{prefix}transformer_blocks.{index}.norm1.emb.{name}"
+                if key in state_dict:
+                    state_dict[key] = state_dict[key].clone()
+
+
+def share_if_equal(model: nn.Module, state_dict: dict, prefix: str, *_):
+    """Load-state-dict hook: one embedder if all the copies that come are equal, one a block if they differ."""
+    settle(model, [embedder_of_block(state_dict, index, prefix) for index in range(len(model.transformer_blocks))])
+
+
+def share_as_in_files(model: nn.Module, files: list[str]) -> bool:
+    """The same for weight files, before they are loaded; returns whether all copies are equal.
+
+    The files are mapped for this alone, so that the pages of the copies do not stay in memory.
+    """
+    embedders = [{} for _ in model.transformer_blocks]
+    for file in files:
+        state_dict = load_state_dict(file)
+        for index, embedder in enumerate(embedders):
+            embedder.update(embedder_of_block(state_dict, index))
+    return settle(model, embedders)
+
+
+def settle(model: nn.Module, embedders: list[dict[str, torch.Tensor]]) -> bool:
+    """Share or un-share a model's embedder as the embedders that it will get ask for; returns whether it is shared."""
+    wanted = {name for name, _ in model.transformer_blocks[0].norm1.emb.named_parameters()}
+    if any(set(embedder) != wanted for embedder in embedders):
+        return False  # incomplete: the loading itself names the missing keys
+    equal = embedders_equal(*embedders)
+    (share_embedders if equal else unshare_embedders)(model)
+    return equal
+
+
+def embedder_of_block(state_dict: dict, index: int, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The part of a state dict that belongs to one block's embedder, by the names inside it."""
+    start = f"{prefix}transformer_blocks.{index}.norm1.emb."
+    return {key.removeprefix(start): tensor for key, tensor in state_dict.items() if key.startswith(start)}
+
+
+def is_copy(key: str) -> bool:
+    """Whether a key of a state dict belongs to the embedder of another block than the first."""
+    return ".norm1.emb." in key and not key.startswith("transformer_blocks.0.")
