@@ -20,8 +20,8 @@ SCHEDULERS = {
     "pndm": "PNDMScheduler",
 }
 DTYPES = ("float32", "float16", "bfloat16")
-# What a picture's text chunks say of how to make it again: argument -> type.
-RECIPE = {"model": str, "steps": int, "guidance_scale": float, "seed": int, "scheduler": str, "dtype": str}
+# The options that shape a picture: what its text chunks carry, and what --like takes from there.
+RECIPE = ("model", "steps", "guidance_scale", "seed", "scheduler", "dtype")
 
 
 class UserError(Exception):
@@ -41,15 +41,16 @@ def main(argv=None) -> int:
 def run(arguments):
     """Load the model, make the pictures, write them."""
     arguments.model = arguments.model or (XL_MODEL if (MODEL_DATA / XL_MODEL).is_dir() else SMALL_MODEL)
-    index = None
-    if arguments.like:
-        arguments.names, class_ids, index = read_recipe(arguments)
+    class_ids, index = read_recipe(arguments) if arguments.like else (None, None)
     folder, id2label = find_model(arguments.model)
     if arguments.list_classes is not None:
         return list_classes(id2label, arguments.list_classes)
-    if not arguments.like:
-        class_ids = choose_classes(arguments, id2label)
-        class_ids = [label for label in class_ids for _ in range(arguments.images_per_class)]
+    if class_ids is None:
+        class_ids = [label for label in choose_classes(arguments, id2label) for _ in range(arguments.images_per_class)]
+    try:
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {arguments.output_dir}: {first_line(error)}") from error
 
     pipeline, device = load_pipeline(folder, arguments)
     print(f"model {arguments.model} · {device} {arguments.dtype} · {arguments.scheduler}, {arguments.steps} steps, "
@@ -57,14 +58,17 @@ def run(arguments):
 
     import torch
 
-    generator = torch.Generator().manual_seed(arguments.seed)
+    from nets.pictures import contact_sheet, free_path, save_picture, slug
+
     started = time.perf_counter()
-    pictures = pipeline(class_ids, guidance_scale=arguments.guidance_scale, generator=generator,
-                        num_inference_steps=arguments.steps).images
+    try:
+        pictures = pipeline(class_ids, guidance_scale=arguments.guidance_scale, num_inference_steps=arguments.steps,
+                            generator=torch.Generator().manual_seed(arguments.seed)).images
+    except (ValueError, RuntimeError) as error:  # a scheduler that cannot do so few steps, too little memory
+        raise UserError(f"cannot make these pictures with {arguments.scheduler}: {first_line(error)}") from error
     seconds = time.perf_counter() - started
 
     names = [first_name(id2label, label) for label in class_ids]
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     for position in range(len(pictures)) if index is None else [index]:
         path = free_path(arguments.output_dir / f"{slug(names[position])}-seed{arguments.seed}.png")
         save_picture(pictures[position], path, recipe(arguments, class_ids, position, names[position]))
@@ -97,7 +101,13 @@ def parse_arguments(argv):
     parser.add_argument("--like", type=Path, metavar="FILE.png",
                         help="make this picture again, from what is written in it; its whole call runs again, since "
                              "one generator draws the noise for all its pictures")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.like:
+        given = [option for option in ("names", "images_per_class", *RECIPE)
+                 if getattr(arguments, option) != parser.get_default(option) and getattr(arguments, option) != []]
+        if given:
+            parser.error(f"--like takes {', '.join(given)} from the picture; leave it out")
+    return arguments
 
 
 def whole_number(low, high):
@@ -132,9 +142,10 @@ def find_model(model):
             from diffusers import DiffusionPipeline
 
             config = DiffusionPipeline.load_config(model)
-    except (OSError, ValueError) as error:
+        id2label = {int(key): names for key, names in (config.get("id2label") or {}).items()}
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read model {model}: {first_line(error)}") from error
-    return folder or model, {int(key): names for key, names in (config.get("id2label") or {}).items()}
+    return folder or model, id2label
 
 
 def choose_classes(arguments, id2label):
@@ -142,8 +153,10 @@ def choose_classes(arguments, id2label):
     from nets.labels import find_label_ids, label_table
 
     labels = label_table(id2label)
-    if not arguments.names and not labels:
-        raise UserError("this model has no class names (no id2label in its model_index.json)")
+    if not labels:
+        if arguments.names and all(name.isdecimal() for name in arguments.names):
+            return [int(name) for name in arguments.names]
+        raise UserError("this model has no class names (no id2label in its model_index.json); give class ids as numbers")
     if not arguments.names:
         import random
 
@@ -156,20 +169,14 @@ def choose_classes(arguments, id2label):
 
 def imagenet_hint(arguments, labels):
     """How to get the model that knows a name of ImageNet, where such a name was given to a model that does not."""
-    from nets.labels import find_label_ids, label_table
+    from nets.labels import label_table, plain_form
 
     imagenet = label_table(json.loads((MODEL_DATA / "imagenet_id2label.json").read_text()))
-    for name in arguments.names:
-        try:
-            find_label_ids(name, labels)
-        except ValueError:
-            try:
-                find_label_ids(name, imagenet)
-            except ValueError:
-                return ""
-            return (f". {name!r} is a class of ImageNet: put facebook/{XL_MODEL} into model_data/{XL_MODEL} "
-                    f"(see model_data/README.md), or use --model facebook/{XL_MODEL}")
-    return ""
+    missing = {plain_form(name) for name in arguments.names} - {plain_form(name) for name in labels}
+    if not missing & {plain_form(name) for name in imagenet}:
+        return ""
+    return (f"; this is a class of ImageNet: put facebook/{XL_MODEL} into model_data/{XL_MODEL} "
+            f"(see model_data/README.md), or use --model facebook/{XL_MODEL}")
 
 
 def list_classes(id2label, text):
@@ -211,72 +218,34 @@ def recipe(arguments, class_ids, index, name):
     model = arguments.model
     if not (MODEL_DATA / model).is_dir() and Path(model).is_dir():
         model = str(Path(model).resolve())
-    return {**{key: str(getattr(arguments, key)) for key in RECIPE}, "model": model, "class_ids": json.dumps(class_ids),
-            "index": str(index), "class_name": name,
+    return {**{option: str(getattr(arguments, option)) for option in RECIPE}, "model": model,
+            "class_ids": json.dumps(class_ids), "index": str(index), "class_name": name,
             "versions": f"nets {nets.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}"}
 
 
 def read_recipe(arguments):
-    """Set the arguments from the text chunks of arguments.like; returns names (none), class ids and the index."""
-    from PIL import Image
+    """Set the arguments from the text chunks of arguments.like; returns the call's class ids and the picture's index."""
+    from nets.pictures import read_text
 
     try:
-        with Image.open(arguments.like) as picture:
-            text = picture.text
-        for key, convert in RECIPE.items():
-            setattr(arguments, key, convert(text[key]))
-        return [], json.loads(text["class_ids"]), int(text["index"])
-    except (OSError, AttributeError, KeyError, ValueError) as error:
+        text = read_text(arguments.like)
+        class_ids, index = json.loads(text["class_ids"]), int(text["index"])
+        if not (isinstance(class_ids, list) and all(type(label) is int for label in class_ids)
+                and 0 <= index < len(class_ids)):
+            raise ValueError(f"index {index} in class_ids {class_ids}")
+        options = [word for option in RECIPE for word in (f"--{option.replace('_', '-')}", text[option])]
+    except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{arguments.like} does not say how it was made: not a readable PNG of predict.py "
                         f"({first_line(error)})") from error
-
-
-def save_picture(picture, path, text):
-    """Write a PNG with text chunks; the file appears whole or not at all."""
-    from PIL.PngImagePlugin import PngInfo
-
-    chunks = PngInfo()
-    for key, value in text.items():
-        chunks.add_itxt(key, value)
-    unfinished = path.with_suffix(".part")
-    picture.save(unfinished, format="PNG", pnginfo=chunks)
-    unfinished.rename(path)
-
-
-def contact_sheet(pictures, names, columns=8, smallest=96):
-    """All pictures on one sheet, each over its name; small ones are enlarged to `smallest` pixels."""
-    from PIL import Image, ImageDraw
-
-    factor = -(-smallest // pictures[0].width)
-    width, height, caption = pictures[0].width * factor, pictures[0].height * factor, 16
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (width + 4), rows * (height + caption + 4)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, (picture, name) in enumerate(zip(pictures, names)):
-        left, top = index % columns * (width + 4) + 2, index // columns * (height + caption + 4) + 2
-        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
-        draw.text((left, top + height + 2), name[:width // 6], fill="black")
-    return sheet
+    written = parse_arguments(options)  # with the command line's own checks
+    for option in RECIPE:
+        setattr(arguments, option, getattr(written, option))
+    return class_ids, index
 
 
 def first_name(id2label, label):
     """The first of a class's names, or "none" for the null class."""
     return id2label.get(label, "none" if id2label else str(label)).split(",")[0].strip()
-
-
-def slug(name):
-    """A name as part of a file name."""
-    return "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-")
-
-
-def free_path(path):
-    """The path itself, or with -2, -3, ... where a file of that name is there: nothing is overwritten."""
-    candidate, number = path, 1
-    while candidate.exists():
-        number += 1
-        candidate = path.with_stem(f"{path.stem}-{number}")
-    return candidate
 
 
 def first_line(error):

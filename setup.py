@@ -20,7 +20,7 @@ setup(
     package_dir={"dit_verbs": "."},
     package_data={"dit_verbs": ["model_data/*.json", "model_data/*.md", "model_data/fashion-mnist-32/*.json",
                                 "model_data/fashion-mnist-32/*/*"]},
-    install_requires=["torch>=2.6", "diffusers>=0.36,<0.43", "accelerate>=1.0", "safetensors>=0.4", "numpy>=1.26",
+    install_requires=["torch>=2.6", "diffusers>=0.42,<0.43", "accelerate>=1.0", "safetensors>=0.4", "numpy>=1.26",
                       "pillow>=10"],
     entry_points={"console_scripts": ["dit-predict=dit_verbs.predict:main"]},
 )

@@ -5,7 +5,7 @@
 
 DIR holds the four files `{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz` (Debian: package dataset-fashion-mnist).
 The second command ends in a pipeline folder: `python predict.py --model runs/fashion-mnist bag`.
-Both write a checkpoint every --save-every steps and go on from it when they are started again.
+Both run on the CPU, write a checkpoint every --save-every steps, and go on from it when they are started again.
 """
 import argparse
 import gzip
@@ -20,6 +20,7 @@ CLASS_NAMES = ("T-shirt, top", "trouser", "pullover", "dress", "coat", "sandal",
 
 
 def parse_arguments(argv=None):
+    """The command line as a namespace; argparse ends the program with status 2 where a value is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("vae", "dit"))
     parser.add_argument("--data", type=Path, required=True, help="folder with the four Fashion-MNIST files")
@@ -38,6 +39,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--log-every", type=int, default=50, help="steps between two looks at the loss")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
+    if not 1 <= arguments.batch_size <= arguments.pictures:
+        parser.error(f"--batch-size {arguments.batch_size} must be from 1 to --pictures, {arguments.pictures}")
     if arguments.part == "dit" and arguments.vae is None:
         parser.error("dit needs --vae DIR: the folder that `train.py vae` wrote")
     for name in ("train-images-idx3", "train-labels-idx1"):
@@ -92,12 +95,14 @@ def fit(model, loss_of_batch, count, arguments):
     from torch.optim.swa_utils import AveragedModel
 
     steps = arguments.pictures // arguments.batch_size
-    accelerator = Accelerator()
+    if count < arguments.batch_size:
+        raise SystemExit(f"the data has {count} pictures, fewer than --batch-size {arguments.batch_size}")
+    accelerator = Accelerator(cpu=True)
     torch.manual_seed(arguments.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / arguments.warmup_steps, 0.5 + 0.5 * math.cos(math.pi * min(1, step / steps))))
+        (step + 1) / max(1, arguments.warmup_steps), 0.5 + 0.5 * math.cos(math.pi * min(1, step / steps))))
 
     def move_average(averages, currents, count):  # a young average forgets faster: its zero initialisation is no memory
         decay = min(arguments.ema_decay, (1 + count.item()) / (10 + count.item()))
@@ -223,6 +228,7 @@ def train_dit(arguments):
                               beta_schedule="linear", trained_betas=None, clip_sample=False, set_alpha_to_one=True,
                               steps_offset=0, prediction_type="epsilon")
     pipeline = DiTPipeline(transformer, vae, scheduler, id2label=dict(enumerate(CLASS_NAMES)))
+    vae.register_to_config(_name_or_path=arguments.vae.name)  # else the config tells the path on this machine
     for part in (transformer, vae):
         torch.nn.Module.half(part)  # diffusers' own `half` warns of modules to keep in float32, of which there are none
     pipeline.save_pretrained(arguments.output)

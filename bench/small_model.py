@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from nets import DiTPipeline
-from predict import contact_sheet
+from nets.pictures import contact_sheet
 from train import CLASS_NAMES, read_fashion_mnist, to_model_range
 
 ROOT = Path(__file__).resolve().parent.parent

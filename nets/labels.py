@@ -22,12 +22,20 @@ def find_label_ids(names: str | list[str], labels: dict[str, int]) -> list[int]:
         raise ValueError("this model has no class names (no id2label in its model_index.json); give class ids instead")
     names = [names] if isinstance(names, str) else list(names)
     plain = {plain_form(name): label for name, label in labels.items()}
+    names = [first_synonym(name, plain) for name in names]
     for name in names:
         if not isinstance(name, str):
             raise ValueError(f"class name {name!r} is not a string; the pipeline takes ids as they are")
-        if plain_form(name) not in plain:
+        if name not in labels and plain_form(name) not in plain:
             raise ValueError(f"unknown class {name!r}; nearest: {', '.join(nearest_names(name, labels))}")
     return [labels[name] if name in labels else plain[plain_form(name)] for name in names]
+
+
+def first_synonym(name: str, plain: dict[str, int]) -> str:
+    """The first of several synonyms of one class, as `id2label` lists them ("T-shirt, top"); else the name itself."""
+    parts = name.split(",") if isinstance(name, str) else [name]
+    known = {plain.get(plain_form(part.strip())) for part in parts} if len(parts) > 1 else set()
+    return parts[0].strip() if len(known) == 1 and None not in known else name
 
 
 def nearest_names(name: str, labels: dict[str, int], count: int = 5) -> list[str]:

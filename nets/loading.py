@@ -26,6 +26,8 @@ def leave_out_defaults(scheduler, folder):
 
     diffusers writes every default out; read by another scheduler class, DDIM's `timestep_spacing` would then bind it.
     """
+    if scheduler is None:
+        return
     path = Path(folder) / "scheduler_config.json"
     config = json.loads(path.read_text())
     chosen = {key: value for key, value in config.items() if key not in scheduler.config.get("_use_default_values", ())}

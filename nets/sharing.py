@@ -5,11 +5,11 @@ a model's blocks share theirs if the weights that it was given are equal in all 
 """
 
 import copy
+import gc
 
 import torch
 from diffusers.models.model_loading_utils import load_state_dict
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 def share_embedders(model: nn.Module):
@@ -21,25 +21,26 @@ def share_embedders(model: nn.Module):
 def unshare_embedders(model: nn.Module):
     """Give each block an embedder of its own. An optimiser built before does not know them: its next step is refused."""
     first, *others = (block.norm1 for block in model.transformer_blocks)
-    separate = []
-    for norm in others:
-        if norm.emb is first.emb:
-            norm.emb = copy.deepcopy(first.emb)
-            separate += norm.emb.parameters()
-    if separate and first.linear.weight.device.type != "meta":
-        refuse_stale_optimizers(list(first.emb.parameters()), separate)
+    sharing = [norm for norm in others if norm.emb is first.emb]
+    for norm in sharing:
+        norm.emb = copy.deepcopy(first.emb)
+    if sharing and first.linear.weight.device.type != "meta":
+        refuse_optimizers_of(first.emb)
 
 
-def refuse_stale_optimizers(known: list[nn.Parameter], separate: list[nn.Parameter]):
-    """Raise a RuntimeError when an optimiser that trains `known` but not the trainable ones of `separate` steps."""
+def refuse_optimizers_of(embedder: nn.Module):
+    """Make the next step of every optimiser that trains the embedder now a RuntimeError."""
 
-    def check(optimizer, *_):
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if any(id(p) in held for p in known) and any(p.requires_grad and id(p) not in held for p in separate):
-            raise RuntimeError("this optimizer was built before weights with unequal embedders were loaded, and would not "
-                               "train them; build it again after loading")
+    def refuse(*_):
+        raise RuntimeError("this optimizer was built before weights with unequal embedders were loaded, and would not "
+                           "train them; build it again after loading")
 
-    register_optimizer_step_pre_hook(check)
+    parameters = {id(parameter) for parameter in embedder.parameters()}
+    for candidate in gc.get_objects():
+        if issubclass(type(candidate), torch.optim.Optimizer):
+            held = {id(parameter) for group in candidate.param_groups for parameter in group["params"]}
+            if held & parameters:
+                candidate.register_step_pre_hook(refuse)
 
 
 def embedders_equal(*embedders: dict[str, torch.Tensor]) -> bool:
@@ -68,7 +69,7 @@ def share_if_equal(model: nn.Module, state_dict: dict, prefix: str, *_):
 def share_as_in_files(model: nn.Module, files: list[str]) -> bool:
     """The same for weight files, before they are loaded; returns whether all copies are equal.
 
-    The files are mapped for this alone, so that the pages of the copies do not stay in memory.
+    The files are opened for this alone: where they are memory-mapped, the pages of the copies do not stay in memory.
     """
     embedders = [{} for _ in model.transformer_blocks]
     for file in files:
@@ -81,8 +82,10 @@ def share_as_in_files(model: nn.Module, files: list[str]) -> bool:
 def settle(model: nn.Module, embedders: list[dict[str, torch.Tensor]]) -> bool:
     """Share or un-share a model's embedder as the embedders that it will get ask for; returns whether it is shared."""
     wanted = {name for name, _ in model.transformer_blocks[0].norm1.emb.named_parameters()}
-    if any(set(embedder) != wanted for embedder in embedders):
-        return False  # incomplete: the loading itself names the missing keys
+    if any(set(embedder) != wanted for embedder in embedders):  # incomplete: the loading itself names what is missing
+        if any(embedders[1:]):
+            unshare_embedders(model)  # so that a copy that is there reaches its own block alone
+        return False
     equal = embedders_equal(*embedders)
     (share_embedders if equal else unshare_embedders)(model)
     return equal

@@ -139,6 +139,7 @@ class Transformer2DModel(ModelMixin, ConfigMixin):
         hidden_states: torch.Tensor,
         timestep: torch.Tensor | None = None,
         class_labels: torch.Tensor | None = None,
+        *,
         conditioning: Conditioning | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
@@ -192,9 +193,13 @@ class Transformer2DModel(ModelMixin, ConfigMixin):
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, resolved_model_file, *args, **kwargs):
         """The step of `from_pretrained` that fills the model: whether the embedder is shared is settled before it."""
-        if share_as_in_files(model, resolved_model_file) and state_dict is not None:
+        equal = share_as_in_files(model, resolved_model_file)
+        if equal and state_dict is not None:
             state_dict = {key: tensor for key, tensor in state_dict.items() if not is_copy(key)}
-        return super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
+        loaded = super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
+        if equal:
+            share_embedders(model)  # a shard, which is not all of the weights, may have un-shared it on its way
+        return loaded
 
 
 def require(key: str, value, *supported):

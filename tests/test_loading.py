@@ -9,6 +9,7 @@ import torch
 from conftest import SMALL_MODEL, TINY, embedder_count, tiny_vae, upstream_model
 from safetensors import safe_open
 
+import predict
 from nets import DiTPipeline, Transformer2DModel
 
 
@@ -52,7 +53,9 @@ def test_loading_honours_the_dtype_of_each_part(pipeline, tmp_path):
 
 
 TIMESTEPS = {"DPMSolverMultistepScheduler": (999, 40), "DDIMScheduler": (960, 0), "DDPMScheduler": (960, 0),
-             "EulerDiscreteScheduler": (999, 0), "UniPCMultistepScheduler": (999, 40)}
+             "EulerDiscreteScheduler": (999, 0), "EulerAncestralDiscreteScheduler": (999, 0),
+             "HeunDiscreteScheduler": (999, 0), "UniPCMultistepScheduler": (999, 40),
+             "DEISMultistepScheduler": (999, 40), "LMSDiscreteScheduler": (999, 0), "PNDMScheduler": (960, 0)}
 
 
 @pytest.mark.parametrize("resaved", [False, True], ids=["as shipped", "saved again"])
@@ -64,6 +67,7 @@ def test_each_scheduler_keeps_its_own_spacing(name, resaved, small_model, tmp_pa
         folder = tmp_path
     config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
     assert "timestep_spacing" not in config and (config["beta_start"], config["beta_end"]) == (1e-4, 0.02)
+    assert set(TIMESTEPS) == set(predict.SCHEDULERS.values())
     scheduler = getattr(diffusers, name).from_config(diffusers.DDIMScheduler.from_pretrained(folder / "scheduler").config)
     scheduler.set_timesteps(25)
     assert (int(scheduler.timesteps[0]), int(scheduler.timesteps[-1])) == TIMESTEPS[name]
@@ -79,6 +83,11 @@ def test_the_shipped_folder_is_small_and_has_the_published_format():
         with safe_open(SMALL_MODEL / part / "diffusion_pytorch_model.safetensors", "pt") as weights:
             assert {weights.get_tensor(key).dtype for key in weights.keys()} == {torch.float16}  # noqa: SIM118
     assert len(json.loads((SMALL_MODEL / "model_index.json").read_text())["id2label"]) == 10
+
+
+def test_no_config_of_the_shipped_folder_tells_a_path_of_the_machine_that_made_it():
+    for path in SMALL_MODEL.rglob("*.json"):
+        assert '"/' not in path.read_text(), path
 
 
 def test_upstream_loads_the_shipped_folder(small_model):

@@ -14,9 +14,9 @@ import predict
 
 
 def run(capsys, *arguments):
-    """Exit status, standard output and standard error of one run."""
+    """Exit status, standard output and the last line of standard error of one run, on the CPU unless it says otherwise."""
     try:
-        status = predict.main([str(argument) for argument in arguments])
+        status = predict.main(["--device", "cpu", *(str(argument) for argument in arguments)])
     except SystemExit as stop:
         status = stop.code
     captured = capsys.readouterr()
@@ -117,13 +117,54 @@ def test_a_name_of_imagenet_gets_the_way_to_its_model(capsys):
 
 
 @pytest.mark.parametrize("arguments, named", [
-    (["--seed", "-1"], "-1"), (["--steps", "0"], "0"), (["--steps", "many"], "many"), (["--scheduler", "magic"], "magic"),
-    (["--images-per-class", "0"], "0"), (["--model", "no/such/folder"], "no/such/folder"), (["--dtype", "int4"], "int4"),
-    (["--device", "abacus", "--steps", "2"], "abacus"), (["--guidance-scale", "nan"], "nan"),
+    (["--seed", "-1"], "-1 is not in"), (["--steps", "0"], "0 is not in"), (["--steps", "many"], "many"),
+    (["--scheduler", "magic"], "magic"), (["--images-per-class", "0"], "0 is not in"), (["--dtype", "int4"], "int4"),
+    (["--model", "no/such/folder"], "no/such/folder"), (["--device", "abacus", "--steps", "2"], "abacus"),
+    (["--output-dir", "README.md"], "README.md"), (["--guidance-scale", "nan"], "nan"),
 ])
 def test_wrong_values_are_named_and_end_with_status_2(arguments, named, capsys):
     status, out, error = run(capsys, "bag", *arguments)
     assert status == 2 and out == "" and named in error
+
+
+@pytest.mark.parametrize("changes", [{"scheduler": "magic"}, {"steps": "0"}, {"index": "7"}, {"class_ids": "8"},
+                                     {"class_ids": "[8.5]"}, {"guidance_scale": "nan"}], ids=str)
+def test_like_of_a_picture_with_a_damaged_recipe_is_refused(changes, capsys, tmp_path):
+    from PIL.PngImagePlugin import PngInfo
+
+    text, chunks = {"model": "fashion-mnist-32", "steps": "2", "guidance_scale": "4.0", "seed": "1", "scheduler": "dpm",
+                    "dtype": "float32", "class_ids": "[8]", "index": "0"}, PngInfo()
+    for key, value in {**text, **changes}.items():
+        chunks.add_text(key, value)
+    Image.new("RGB", (8, 8)).save(tmp_path / "odd.png", pnginfo=chunks)
+    status, out, error = run(capsys, "--like", tmp_path / "odd.png", "--output-dir", tmp_path / "out")
+    assert status == 2 and out == "" and error and not (tmp_path / "out").exists()
+
+
+def test_like_refuses_options_that_the_picture_settles(capsys):
+    for more, named in ((["bag"], "names"), (["--seed", "9"], "seed"), (["--images-per-class", "2"], "images_per_class")):
+        status, _, error = run(capsys, *more, "--like", "any.png")
+        assert status == 2 and named in error
+
+
+def test_a_scheduler_that_cannot_do_so_few_steps_gets_one_line(capsys, tmp_path):
+    status, _, error = run(capsys, "bag", "--scheduler", "pndm", "--steps", 2, "--output-dir", tmp_path)
+    assert status == 2 and "pndm" in error and list(tmp_path.iterdir()) == []
+
+
+def test_a_line_of_the_class_list_is_a_name(capsys, tmp_path):
+    status, _, _ = run(capsys, "T-shirt, top", "--steps", 2, "--output-dir", tmp_path)
+    assert status == 0 and (tmp_path / "t-shirt-seed42.png").is_file()
+
+
+def test_a_model_without_names_takes_numbers(capsys, tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.register_to_config(id2label=None)
+    pipeline.save_pretrained(tmp_path / "model")
+    status, _, _ = run(capsys, "3", "--model", tmp_path / "model", "--steps", 2, "--output-dir", tmp_path / "out")
+    assert status == 0 and (tmp_path / "out/3-seed42.png").is_file()
+    status, _, error = run(capsys, "bag", "--model", tmp_path / "model")
+    assert status == 2 and "no class names" in error
 
 
 def test_list_classes_prints_ids_and_names(capsys):
@@ -144,8 +185,10 @@ def test_a_damaged_model_gets_one_line(capsys, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     status, _, error = run(capsys, "name 3", "--model", tmp_path)
     assert status == 2 and str(tmp_path) in error
-    (tmp_path / "model_index.json").write_text("{")
-    assert run(capsys, "name 3", "--model", tmp_path)[0] == 2
+    for damaged in ("{", "[]", '{"id2label": {"a": "b"}}'):
+        (tmp_path / "model_index.json").write_text(damaged)
+        status, _, error = run(capsys, "name 3", "--model", tmp_path)
+        assert status == 2 and str(tmp_path) in error
 
 
 def test_help_answers_before_anything_heavy_is_imported():

@@ -1,5 +1,7 @@
 """Transformer2DModel against diffusers' DiTTransformer2DModel: numbers, keys, config, and the one embedder."""
 
+import copy
+
 import diffusers
 import pytest
 import torch
@@ -159,6 +161,36 @@ def test_an_optimizer_built_before_unequal_weights_came_is_refused():
     train_one_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
+def test_an_optimizer_of_some_parameters_built_after_unequal_weights_came_is_not_refused():
+    model = ours_with(upstream_model(False, **TINY).state_dict(), **TINY)
+    train_one_step(model, torch.optim.SGD(model.transformer_blocks[0].parameters(), lr=0.1))
+
+
+def test_part_of_a_state_dict_reaches_its_own_block_alone():
+    state = upstream_model(False, **TINY).state_dict()
+    key = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
+    alone, model = {key: state[key]}, fill(Transformer2DModel(**TINY))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(alone, strict=False)
+    after = model.state_dict()
+    assert torch.equal(after[key], state[key])
+    assert all(torch.equal(after[name], before[name]) for name in before if name != key)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("equal_embedders", [True, False])
+def test_sharded_and_variant_folders_load_as_whole_ones(equal_embedders, low_cpu_mem_usage, tmp_path):
+    upstream = upstream_model(equal_embedders, **TINY)
+    upstream.save_pretrained(tmp_path, max_shard_size="50KB", variant="odd")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    ours, info = Transformer2DModel.from_pretrained(tmp_path, variant="odd", low_cpu_mem_usage=low_cpu_mem_usage,
+                                                    output_loading_info=True)
+    assert embedder_count(ours) == (1 if equal_embedders else 2)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        assert torch.equal(ours(*arguments(TINY)).sample, upstream(*arguments(TINY)).sample)
+
+
 def test_labels_are_dropped_once_a_picture_in_training():
     model = fill(Transformer2DModel(**{**TINY, "num_layers": 6})).train()
     timestep, labels = torch.full((64,), 5), torch.zeros(64, dtype=torch.long)
@@ -226,7 +258,7 @@ def test_forward_says_what_is_missing_or_does_not_fit():
         model(torch.randn(1, 4, 7, 8), timestep[:1], labels[:1])
 
 
-def test_a_config_name_of_today_and_upstreams_loads_what_we_save(tmp_path):
+def test_upstream_loads_what_we_save(tmp_path):
     ours = fill(Transformer2DModel(**TINY)).eval()
     ours.save_pretrained(tmp_path)
     upstream = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path)
@@ -238,10 +270,9 @@ def test_a_config_name_of_today_and_upstreams_loads_what_we_save(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_xl_2_on_a_gpu_is_upstreams(xl, cuda, dtype):
-    upstream = make_embedders_equal(xl).to(cuda, dtype)
+    upstream = copy.deepcopy(make_embedders_equal(xl)).to(cuda, dtype)
     ours = ours_with(upstream.state_dict(), **XL).to(cuda, dtype)
     inputs = [tensor.to(cuda) for tensor in arguments(XL)]
     inputs[0] = inputs[0].to(dtype)
     expected = upstream(*inputs).sample
     assert torch.equal(ours(*inputs).sample, expected)
-    xl.to("cpu", torch.float32)
