@@ -144,7 +144,8 @@ def find_model(model):
             config = DiffusionPipeline.load_config(model)
         id2label = {int(key): names for key, names in (config.get("id2label") or {}).items()}
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot read model {model}: {first_line(error)}") from error
+        place = "" if folder else "; to place a model by hand, see model_data/README.md"
+        raise UserError(f"cannot read model {model}: {first_line(error)}{place}") from error
     return folder or model, id2label
 
 
