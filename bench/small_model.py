@@ -126,7 +126,8 @@ def main():
 
     columns = [at_four[label::CLASSES][:8] for label in range(CLASSES)]  # eight of each class
     order = [picture for row in zip(*(to_pictures(column) for column in columns)) for picture in row]
-    contact_sheet(order, [names.split(",")[0] for names in CLASS_NAMES] * 8, columns=CLASSES, smallest=64).save(arguments.docs / "samples.png")
+    captions = [names.split(",")[0] for names in CLASS_NAMES]
+    contact_sheet(order, captions * 8, columns=CLASSES, smallest=64).save(arguments.docs / "samples.png")
     nearest_sheet(at_best, training).save(arguments.docs / "nearest.png")
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     arguments.results.write_text(json.dumps(results, indent=2) + "\n")
