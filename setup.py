@@ -14,7 +14,7 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     # The verbs stand at the root of the repository; installed, they are the package dit_verbs, model_data inside it.
     packages=["nets", "dit_verbs"],
     package_dir={"dit_verbs": "."},
