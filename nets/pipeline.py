@@ -145,5 +145,7 @@ class DiTPipeline(DiffusionPipeline):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (batch, channels, height, width) to pictures (batch, 3, 8 * height, 8 * width) in 0..1."""
         latents = 1 / self.vae.config.scaling_factor * latents
-        samples = self.vae.decode(latents.to(self.vae.dtype)).sample
+        # Channels last through the whole decoder: on a CPU the convolutions then need no copies in another layout.
+        latents = latents.to(self.vae.dtype, memory_format=torch.channels_last)
+        samples = self.vae.decode(latents).sample
         return (samples / 2 + 0.5).clamp(0, 1)
