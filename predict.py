@@ -53,13 +53,18 @@ def run(arguments):
         raise UserError(f"cannot write into {arguments.output_dir}: {first_line(error)}") from error
 
     pipeline, device = load_pipeline(folder, arguments)
-    print(f"model {arguments.model} · {device} {arguments.dtype} · {arguments.scheduler}, {arguments.steps} steps, "
-          f"guidance {arguments.guidance_scale:g} · seed {arguments.seed}", flush=True)
 
     import torch
 
+    from nets.labels import check_class_ids
     from nets.pictures import contact_sheet, free_path, save_picture, slug
 
+    try:
+        check_class_ids(class_ids, pipeline.transformer.config.num_embeds_ada_norm)
+    except ValueError as error:
+        raise UserError(error) from error
+    print(f"model {arguments.model} · {device} {arguments.dtype} · {arguments.scheduler}, {arguments.steps} steps, "
+          f"guidance {arguments.guidance_scale:g} · seed {arguments.seed}", flush=True)
     started = time.perf_counter()
     try:
         pictures = pipeline(class_ids, guidance_scale=arguments.guidance_scale, num_inference_steps=arguments.steps,
@@ -151,40 +156,39 @@ def find_model(model):
 
 def choose_classes(arguments, id2label):
     """The class ids of the names given, or of two classes picked by the seed."""
-    from nets.labels import find_label_ids, label_table
+    from nets.labels import find_label_ids
 
-    labels = label_table(id2label)
-    if not labels:
-        if arguments.names and all(name.isdecimal() for name in arguments.names):
-            return [int(name) for name in arguments.names]
+    if not arguments.names and not id2label:
         raise UserError("this model has no class names (no id2label in its model_index.json); give class ids as numbers")
     if not arguments.names:
         import random
 
         return random.Random(arguments.seed).sample(sorted(id2label), min(2, len(id2label)))
     try:
-        return find_label_ids(arguments.names, labels)
+        return find_label_ids(arguments.names, id2label)
     except ValueError as error:
-        raise UserError(f"{error}{imagenet_hint(arguments, labels)}") from error
+        raise UserError(f"{error}{imagenet_hint(arguments.names, id2label)}") from error
 
 
-def imagenet_hint(arguments, labels):
+def imagenet_hint(names, id2label):
     """How to get the model that knows a name of ImageNet, where such a name was given to a model that does not."""
-    from nets.labels import label_table, plain_form
+    from nets.labels import name_index, plain_form
 
-    imagenet = label_table(json.loads((MODEL_DATA / "imagenet_id2label.json").read_text()))
-    missing = {plain_form(name) for name in arguments.names} - {plain_form(name) for name in labels}
-    if not missing & {plain_form(name) for name in imagenet}:
+    imagenet = name_index(json.loads((MODEL_DATA / "imagenet_id2label.json").read_text()))
+    missing = {plain_form(name) for name in names} - set(name_index(id2label))
+    if not missing & set(imagenet):
         return ""
     return (f"; this is a class of ImageNet: put facebook/{XL_MODEL} into model_data/{XL_MODEL} "
             f"(see model_data/README.md), or use --model facebook/{XL_MODEL}")
 
 
 def list_classes(id2label, text):
-    """Print id and names of the classes whose names contain the text."""
-    for label, names in sorted(id2label.items()):
-        if text.casefold() in names.casefold():
-            print(f"{label:>4}  {names}")
+    """Print the classes whose names contain the text: id, and for each name the spelling that means this class alone."""
+    from nets.labels import spellings
+
+    for label, names in sorted(spellings(id2label).items()):
+        if text.casefold() in id2label[label].casefold():
+            print(f"{label:>4}  {', '.join(names)}")
 
 
 def load_pipeline(folder, arguments):

@@ -8,41 +8,90 @@ import operator
 
 
 def label_table(id2label: dict | None) -> dict[str, int]:
-    """name -> id for every name and synonym, sorted by name. Source: upstream's `DiTPipeline.labels`."""
+    """name -> id for every name and synonym, sorted by name; of classes with one name it holds the last.
+
+    For programs that read upstream's `DiTPipeline.labels`; `find_label_ids` refuses such names instead.
+    """
     table = {name.strip(): int(key) for key, names in (id2label or {}).items() for name in names.split(",")}
     return dict(sorted(table.items()))
 
 
-def find_label_ids(names: str | list[str], labels: dict[str, int]) -> list[int]:
-    """The class id of each name; one name may stand without a list. Case, spaces, `_` and `-` do not matter.
+def find_label_ids(names: str | list[str], id2label: dict | None) -> list[int]:
+    """The class id of each name; one name may stand without a list.
 
-    Raises ValueError, in one line with the nearest names, for a name that is not in `labels`.
+    Case, spaces, `_` and `-` do not matter. `207` and `#207` are ids as they stand (whether the model has that class is for
+    `check_class_ids`), `crane#134` is the class 134, which must be called crane, and `maillot, tank suit` the class that
+    has both names.
+    Raises ValueError, in one line, for a name that no class has, with the nearest names, and for a name that several
+    classes have, with a spelling for each of them.
     """
-    if not labels:
-        raise ValueError("this model has no class names (no id2label in its model_index.json); give class ids instead")
     names = [names] if isinstance(names, str) else list(names)
-    plain = {plain_form(name): label for name, label in labels.items()}
-    names = [first_synonym(name, plain) for name in names]
-    for name in names:
-        if not isinstance(name, str):
-            raise ValueError(f"class name {name!r} is not a string; the pipeline takes ids as they are")
-        if name not in labels and plain_form(name) not in plain:
-            raise ValueError(f"unknown class {name!r}; nearest: {', '.join(nearest_names(name, labels))}")
-    return [labels[name] if name in labels else plain[plain_form(name)] for name in names]
+    index = name_index(id2label)
+    return [find_label_id(name, index) for name in names]
 
 
-def first_synonym(name: str, plain: dict[str, int]) -> str:
-    """The first of several synonyms of one class, as `id2label` lists them ("T-shirt, top"); else the name itself."""
-    parts = name.split(",") if isinstance(name, str) else [name]
-    known = {plain.get(plain_form(part.strip())) for part in parts} if len(parts) > 1 else set()
-    return parts[0].strip() if len(known) == 1 and None not in known else name
+def find_label_id(name: str, index: dict[str, dict[int, str]]) -> int:
+    """One name's class id, see `find_label_ids`; `index` is from `name_index`."""
+    if not isinstance(name, str):
+        raise ValueError(f"class name {name!r} is not a string; the pipeline takes ids as they are")
+    choices = classes_called(name, index)
+    if len(choices) == 1:
+        return choices.pop()
+    if choices:
+        ways = " or ".join(repr(choice) for label in sorted(choices) for choice in ways_to_say(name, label, index))
+        raise ValueError(f"{name!r} stands for {len(choices)} classes; say {ways}")
+
+    called, mark, number = name.rpartition("#")
+    if mark and number.strip().isdecimal():
+        label = int(number)
+        if called.strip() and label not in classes_called(called, index):
+            raise ValueError(f"{name!r}: class {label} is not called {called.strip()!r}")
+        return label
+    if not index:
+        raise ValueError(f"{name!r} is a name, but this model has no class names (no id2label in its model_index.json); "
+                         "give class ids instead")
+    raise ValueError(f"unknown class {name!r}; nearest: {', '.join(nearest_names(name, index))}")
 
 
-def nearest_names(name: str, labels: dict[str, int], count: int = 5) -> list[str]:
+def name_index(id2label: dict | None) -> dict[str, dict[int, str]]:
+    """plain form of a name -> {id: the name as it is written there}, for every name and synonym."""
+    index = {}
+    for key, names in (id2label or {}).items():
+        for name in split_names(names):
+            index.setdefault(plain_form(name), {}).setdefault(int(key), name)
+    return index
+
+
+def split_names(names: str) -> list[str]:
+    """The names of one entry of `id2label`."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def classes_called(name: str, index: dict[str, dict[int, str]]) -> set[int]:
+    """The ids of all classes that a name, or each of several names with commas between, may mean."""
+    parts = [set(index.get(plain_form(part), ())) for part in split_names(name)]
+    found = set.intersection(*parts) if parts else set()
+    return found | {int(name)} if name.strip().isdecimal() else found
+
+
+def ways_to_say(name: str, label: int, index: dict[str, dict[int, str]]) -> list[str]:
+    """Spellings that mean the class `label` alone: the name with its id, and a synonym that no other class has."""
+    marked = f"{name.strip()}#{label}" if label in index.get(plain_form(name), ()) else f"#{label}"
+    synonyms = (ids[label] for ids in index.values() if label in ids)
+    return [marked, *(synonym for synonym in synonyms if classes_called(synonym, index) == {label})][:2]
+
+
+def spellings(id2label: dict | None) -> dict[int, list[str]]:
+    """id -> for each name of the class the spelling that means it alone: `crane#134` where others have that name too."""
+    index = name_index(id2label)
+    return {int(key): [name if classes_called(name, index) == {int(key)} else f"{name}#{key}"
+                       for name in split_names(names)] for key, names in (id2label or {}).items()}
+
+
+def nearest_names(name: str, index: dict[str, dict[int, str]], count: int = 5) -> list[str]:
     """The `count` names that look most like `name`, best first."""
-    spelling = {plain_form(known): known for known in labels}
-    near = difflib.get_close_matches(plain_form(name), spelling, n=count, cutoff=0.0)
-    return [spelling[form] for form in near]
+    near = difflib.get_close_matches(plain_form(name), index, n=count, cutoff=0.0)
+    return [next(iter(index[form].values())) for form in near]
 
 
 def plain_form(name: str) -> str:

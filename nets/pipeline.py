@@ -14,7 +14,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
 from nets.guidance import guide, predicted_noise
-from nets.labels import check_class_ids, find_label_ids, label_table
+from nets.labels import check_class_id, check_class_ids, find_label_ids, label_table
 from nets.loading import CLASS_ON_DISK, leave_out_defaults, load_transformer
 from nets.transformer_2d import Transformer2DModel
 
@@ -25,7 +25,7 @@ class DiTPipeline(DiffusionPipeline):
     """Class-conditional pictures from a latent DiT.
 
     Args: `transformer`, this library's or diffusers' `DiTTransformer2DModel`; `vae`; `scheduler`; `id2label`, class id ->
-    comma-separated names. `labels` is the dictionary name -> id.
+    comma-separated names. `labels` is upstream's dictionary name -> id.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -55,8 +55,12 @@ class DiTPipeline(DiffusionPipeline):
         leave_out_defaults(self.scheduler, Path(save_directory) / "scheduler")
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """The class ids of one name or a list of names. Raises ValueError for a name that the model does not know."""
-        return find_label_ids(label, self.labels)
+        """The class ids of one name or a list of names; `crane#134`, `#134` and `134` are understood too.
+
+        Raises ValueError for a name that the model does not know, or that it knows for several classes.
+        """
+        label_ids = find_label_ids(label, self.config.id2label)
+        return [check_class_id(label_id, self.transformer.config.num_embeds_ada_norm) for label_id in label_ids]
 
     @torch.no_grad()
     def __call__(
