@@ -7,7 +7,9 @@
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +24,7 @@ SCHEDULERS = {
 DTYPES = ("float32", "float16", "bfloat16")
 # The options that shape a picture: what its text chunks carry, and what --like takes from there.
 RECIPE = ("model", "steps", "guidance_scale", "seed", "scheduler", "dtype")
+RECIPE_IF_GIVEN = ("revision", "guidance_channels")
 
 
 class UserError(Exception):
@@ -32,9 +35,15 @@ def main(argv=None) -> int:
     """Run the command line; returns the exit status: 0, or 2 for input that is wrong."""
     try:
         run(parse_arguments(argv))
+        sys.stdout.flush()
     except UserError as error:
-        print(f"predict.py: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # as in `--list-classes | head`; Python would complain again when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -42,13 +51,14 @@ def run(arguments):
     """Load the model, make the pictures, write them."""
     arguments.model = arguments.model or (XL_MODEL if (MODEL_DATA / XL_MODEL).is_dir() else SMALL_MODEL)
     class_ids, index = read_recipe(arguments) if arguments.like else (None, None)
-    folder, id2label = find_model(arguments.model)
+    folder, id2label = find_model(arguments.model, arguments.revision)
     if arguments.list_classes is not None:
         return list_classes(id2label, arguments.list_classes)
     if class_ids is None:
         class_ids = [label for label in choose_classes(arguments, id2label) for _ in range(arguments.images_per_class)]
     try:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=arguments.output_dir).close()
     except OSError as error:
         raise UserError(f"cannot write into {arguments.output_dir}: {first_line(error)}") from error
 
@@ -63,11 +73,13 @@ def run(arguments):
         check_class_ids(class_ids, pipeline.transformer.config.num_embeds_ada_norm)
     except ValueError as error:
         raise UserError(error) from error
+    channels = f" on {arguments.guidance_channels} channels" if arguments.guidance_channels else ""
     print(f"model {arguments.model} · {device} {arguments.dtype} · {arguments.scheduler}, {arguments.steps} steps, "
-          f"guidance {arguments.guidance_scale:g} · seed {arguments.seed}", flush=True)
+          f"guidance {arguments.guidance_scale:g}{channels} · seed {arguments.seed}", flush=True)
     started = time.perf_counter()
     try:
         pictures = pipeline(class_ids, guidance_scale=arguments.guidance_scale, num_inference_steps=arguments.steps,
+                            guidance_channels=arguments.guidance_channels,
                             generator=torch.Generator().manual_seed(arguments.seed)).images
     except (ValueError, RuntimeError) as error:  # a scheduler that cannot do so few steps, too little memory
         raise UserError(f"cannot make these pictures with {arguments.scheduler}: {first_line(error)}") from error
@@ -86,13 +98,16 @@ def run(arguments):
 
 def parse_arguments(argv):
     """The command line as a namespace; argparse ends the program with status 2 where a value is wrong."""
-    parser = argparse.ArgumentParser(prog="predict.py", description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="class names; without any, two are picked by the seed")
     parser.add_argument("--model", help=f"pipeline folder or hub id (default: model_data/{XL_MODEL} if it is there, "
                                         f"else {SMALL_MODEL}, which ships)")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id, such as refs/pr/1")
     parser.add_argument("--steps", type=whole_number(1, 1000), default=25)
     parser.add_argument("--guidance-scale", type=finite_number, default=4.0, help="over 1 is guided (default 4)")
+    parser.add_argument("--guidance-channels", type=whole_number(1, 64), metavar="N",
+                        help="guide the first N latent channels only; 3 is facebookresearch/DiT's way (default: all)")
     parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=42, help="0 or more (default 42)")
     parser.add_argument("--scheduler", choices=SCHEDULERS, default="dpm", metavar="NAME",
                         help=f"one of {', '.join(SCHEDULERS)} (default dpm)")
@@ -107,8 +122,10 @@ def parse_arguments(argv):
                         help="make this picture again, from what is written in it; its whole call runs again, since "
                              "one generator draws the noise for all its pictures")
     arguments = parser.parse_args(argv)
+    if arguments.list_classes is not None and arguments.names:
+        parser.error(f"--list-classes takes one text; {' '.join(arguments.names)!r} is too much")
     if arguments.like:
-        given = [option for option in ("names", "images_per_class", *RECIPE)
+        given = [option for option in ("names", "images_per_class", *RECIPE, *RECIPE_IF_GIVEN)
                  if getattr(arguments, option) != parser.get_default(option) and getattr(arguments, option) != []]
         if given:
             parser.error(f"--like takes {', '.join(given)} from the picture; leave it out")
@@ -134,23 +151,22 @@ def finite_number(text):
     return value
 
 
-def find_model(model):
+def find_model(model, revision=None):
     """The folder (or hub id) of a model, and its id2label with ints as keys; nothing heavy is imported for a folder."""
     candidates = [MODEL_DATA / model, Path(model)]
     folder = next((path for path in candidates if (path / "model_index.json").is_file()), None)
     if folder is None and (Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/"))):
         raise UserError(f"no model in {model}: there is no {model}/model_index.json")
     try:
-        if folder:
-            config = json.loads((folder / "model_index.json").read_text())
-        else:
-            from diffusers import DiffusionPipeline
+        index = folder
+        if folder is None:
+            from nets.loading import find_folder
 
-            config = DiffusionPipeline.load_config(model)
+            index = find_folder(model, only_index=True, revision=revision)
+        config = json.loads((index / "model_index.json").read_text())
         id2label = {int(key): names for key, names in (config.get("id2label") or {}).items()}
     except (OSError, ValueError, AttributeError) as error:
-        place = "" if folder else "; to place a model by hand, see model_data/README.md"
-        raise UserError(f"cannot read model {model}: {first_line(error)}{place}") from error
+        raise UserError(f"cannot read model {model}: {first_line(error)}") from error
     return folder or model, id2label
 
 
@@ -204,12 +220,15 @@ def load_pipeline(folder, arguments):
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     try:
-        pipeline = DiTPipeline.from_pretrained(folder, dtype=getattr(torch, arguments.dtype))
+        pipeline = DiTPipeline.from_pretrained(folder, dtype=getattr(torch, arguments.dtype), revision=arguments.revision)
         pipeline.to(device)
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"cannot load model {arguments.model} on {device}: {first_line(error)}") from error
     scheduler_class = getattr(diffusers, SCHEDULERS[arguments.scheduler])
-    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+    try:
+        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+    except ImportError as error:  # a package that this scheduler alone needs
+        raise UserError(f"--scheduler {arguments.scheduler} cannot run here: {' '.join(str(error).split())}") from error
     return pipeline, device
 
 
@@ -223,7 +242,8 @@ def recipe(arguments, class_ids, index, name):
     model = arguments.model
     if not (MODEL_DATA / model).is_dir() and Path(model).is_dir():
         model = str(Path(model).resolve())
-    return {**{option: str(getattr(arguments, option)) for option in RECIPE}, "model": model,
+    given = [option for option in RECIPE_IF_GIVEN if getattr(arguments, option) is not None]
+    return {**{option: str(getattr(arguments, option)) for option in (*RECIPE, *given)}, "model": model,
             "class_ids": json.dumps(class_ids), "index": str(index), "class_name": name,
             "versions": f"nets {nets.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}"}
 
@@ -232,19 +252,22 @@ def read_recipe(arguments):
     """Set the arguments from the text chunks of arguments.like; returns the call's class ids and the picture's index."""
     from nets.pictures import read_text
 
+    if not arguments.like.is_file():
+        raise UserError(f"there is no picture {arguments.like}")
     try:
         text = read_text(arguments.like)
         class_ids, index = json.loads(text["class_ids"]), int(text["index"])
         if not (isinstance(class_ids, list) and all(type(label) is int for label in class_ids)
                 and 0 <= index < len(class_ids)):
             raise ValueError(f"index {index} in class_ids {class_ids}")
-        options = [word for option in RECIPE for word in (f"--{option.replace('_', '-')}", text[option])]
+        written = (*RECIPE, *(option for option in RECIPE_IF_GIVEN if option in text))
+        options = [word for option in written for word in (f"--{option.replace('_', '-')}", text[option])]
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{arguments.like} does not say how it was made: not a readable PNG of predict.py "
-                        f"({first_line(error)})") from error
-    written = parse_arguments(options)  # with the command line's own checks
-    for option in RECIPE:
-        setattr(arguments, option, getattr(written, option))
+                        f"({'no ' if isinstance(error, KeyError) else ''}{first_line(error)})") from error
+    settled = parse_arguments(options)  # with the command line's own checks
+    for option in (*RECIPE, *RECIPE_IF_GIVEN):
+        setattr(arguments, option, getattr(settled, option))
     return class_ids, index
 
 

@@ -199,10 +199,11 @@ def latent_moments(vae, pictures, batch_size=500):
 def train_dit(arguments):
     """The DiT on cached latents: hybrid loss, learned variance, 10 % label dropout, adaLN-Zero initialisation."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler
+    from diffusers import AutoencoderKL
 
     from nets import DiTPipeline, Transformer2DModel
     from nets.diffusion import GaussianDiffusion, linear_betas
+    from nets.loading import published_scheduler
 
     pictures, labels = read_fashion_mnist(arguments.data, "train")
     vae = AutoencoderKL.from_pretrained(arguments.vae).eval()
@@ -223,11 +224,7 @@ def train_dit(arguments):
         return diffusion.hybrid_loss(output, latents, noise, timestep).mean()
 
     transformer = fit(transformer, loss_of_batch, len(pictures), arguments)
-    # What the published config says, and no timestep_spacing: each scheduler class keeps its own.
-    scheduler = DDIMScheduler(num_train_timesteps=diffusion.num_timesteps, beta_start=1e-4, beta_end=0.02,
-                              beta_schedule="linear", trained_betas=None, clip_sample=False, set_alpha_to_one=True,
-                              steps_offset=0, prediction_type="epsilon")
-    pipeline = DiTPipeline(transformer, vae, scheduler, id2label=dict(enumerate(CLASS_NAMES)))
+    pipeline = DiTPipeline(transformer, vae, published_scheduler(), id2label=dict(enumerate(CLASS_NAMES)))
     vae.register_to_config(_name_or_path=arguments.vae.name)  # else the config tells the path on this machine
     for part in (transformer, vae):
         torch.nn.Module.half(part)  # diffusers' own `half` warns of modules to keep in float32, of which there are none

@@ -77,7 +77,7 @@ def main():
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--one-picture", choices=("ours", "upstream"), help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=ROOT / "bench/results/compare.json")
     arguments = parser.parse_args()

@@ -18,9 +18,9 @@ class AdaLayerNormZero(nn.Module):
     vectors of the block. Source: DiT section 3.2; diffusers `AdaLayerNormZero`.
     """
 
-    def __init__(self, dim: int, num_classes: int):
+    def __init__(self, dim: int, num_classes: int, downscale_freq_shift: float = 1):
         super().__init__()
-        self.emb = CombinedTimestepLabelEmbeddings(num_classes, dim)
+        self.emb = CombinedTimestepLabelEmbeddings(num_classes, dim, downscale_freq_shift=downscale_freq_shift)
         self.linear = nn.Linear(dim, 6 * dim)
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
@@ -90,9 +90,10 @@ class BasicTransformerBlock(nn.Module):
     """
 
     def __init__(self, dim: int, heads: int, head_dim: int, num_classes: int, dropout: float = 0.0,
-                 attention_bias: bool = True, norm_elementwise_affine: bool = False, norm_eps: float = 1e-5):
+                 attention_bias: bool = True, norm_elementwise_affine: bool = False, norm_eps: float = 1e-5,
+                 downscale_freq_shift: float = 1):
         super().__init__()
-        self.norm1 = AdaLayerNormZero(dim, num_classes)
+        self.norm1 = AdaLayerNormZero(dim, num_classes, downscale_freq_shift)
         self.attn1 = Attention(dim, heads, head_dim, dropout, attention_bias)
         self.norm3 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
         self.ff = FeedForward(dim, dropout)

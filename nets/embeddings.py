@@ -71,6 +71,8 @@ class PatchEmbed(nn.Module):
 class Timesteps(nn.Module):
     """Sinusoidal features of a timestep: cosines first, then sines.
 
+    The lowest frequency is 1/10000 with `downscale_freq_shift` 1, as diffusers has it, and a little more with 0, as
+    facebookresearch/DiT has it.
     Source: DDPM (Ho et al. 2020) appendix B; diffusers `Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=1)`.
     """
 
@@ -125,9 +127,9 @@ class LabelEmbedding(nn.Module):
 class CombinedTimestepLabelEmbeddings(nn.Module):
     """c = embedding(t) + embedding(y): all that a DiT is told. Source: diffusers class of the same name."""
 
-    def __init__(self, num_classes: int, dim: int, class_dropout_prob: float = 0.1):
+    def __init__(self, num_classes: int, dim: int, class_dropout_prob: float = 0.1, downscale_freq_shift: float = 1):
         super().__init__()
-        self.time_proj = Timesteps()
+        self.time_proj = Timesteps(TIMESTEP_CHANNELS, downscale_freq_shift)
         self.timestep_embedder = TimestepEmbedding(TIMESTEP_CHANNELS, dim)
         self.class_embedder = LabelEmbedding(num_classes, dim, class_dropout_prob)
 

@@ -3,13 +3,19 @@
 import torch
 
 
-def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float,
+          guidance_channels: int | None = None) -> torch.Tensor:
     """Step from the unconditional prediction towards the conditional one, and past it for a scale over 1.
 
-    Both (batch, channels, height, width), any float dtype; so is the result. Source: the form in DiT, section 3.1,
-    "Classifier-free guidance", with scale 1 meaning no guidance; upstream `DiTPipeline.__call__`.
+    Both (batch, channels, height, width), any float dtype; so is the result. The channels behind the first
+    `guidance_channels`, if that is given, stay conditional. Source: the form in DiT, section 3.1, "Classifier-free
+    guidance", with scale 1 meaning no guidance; upstream `DiTPipeline.__call__`, which guides all channels, and
+    facebookresearch/DiT, which guides three of the four.
     """
-    return unconditional + guidance_scale * (conditional - unconditional)
+    guided = unconditional + guidance_scale * (conditional - unconditional)
+    if guidance_channels is None:
+        return guided
+    return torch.cat([guided[:, :guidance_channels], conditional[:, guidance_channels:]], dim=1)
 
 
 def predicted_noise(output: torch.Tensor, latent_channels: int) -> torch.Tensor:

@@ -1,34 +1,106 @@
-"""Pipeline folders in and out: whatever a folder calls its transformer, here it becomes `nets.Transformer2DModel`."""
+"""Pipeline folders in and out: whatever a folder calls its transformer, here it becomes `nets.Transformer2DModel`.
+
+A folder is `model_index.json`, `transformer/`, `vae/` and `scheduler/`, as diffusers writes it today or wrote it in 2022
+(the published DiT-XL-2-256 and -512), with `.safetensors` or `.bin` weights, whole or in shards.
+"""
 
 import json
 from pathlib import Path
 
+import diffusers
+from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
+from diffusers.configuration_utils import ConfigMixin
+from huggingface_hub import snapshot_download
+
 from nets.transformer_2d import Transformer2DModel
 
-# The arguments of `from_pretrained` that concern where and how weights are read.
-TRANSFORMER_ARGUMENTS = ("variant", "revision", "cache_dir", "local_files_only", "token", "force_download", "proxies",
-                         "use_safetensors", "low_cpu_mem_usage", "disable_mmap")
-# What a saved folder names as the transformer's class, so that an unmodified diffusers loads it.
-CLASS_ON_DISK = ("diffusers", "DiTTransformer2DModel")
+# The arguments of a pipeline's `from_pretrained` that concern how the weights of its parts are read.
+READING_ARGUMENTS = ("use_safetensors", "low_cpu_mem_usage", "disable_mmap")
+# What a saved folder names as the classes of its parts, so that an unmodified diffusers loads it.
+CLASS_ON_DISK = {"transformer": ("diffusers", "DiTTransformer2DModel"), "vae": ("diffusers", "AutoencoderKL")}
 
 
-def load_transformer(folder, **kwargs) -> Transformer2DModel:
-    """Load the `transformer` of a pipeline folder or hub id; `kwargs` are those of the pipeline's `from_pretrained`."""
-    chosen = {name: kwargs[name] for name in TRANSFORMER_ARGUMENTS if name in kwargs}
+def find_folder(model: str | Path, only_index: bool = False, **hub_arguments) -> Path:
+    """The pipeline folder `model`, or the local copy of a hub id, downloaded if need be: all of it, or `model_index.json`.
+
+    Raises OSError, in one line, if there is no such folder and the hub does not give one.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        if only_index:
+            named = {key: hub_arguments[key] for key in ("revision", "cache_dir", "token", "local_files_only")
+                     if key in hub_arguments}
+            return Path(snapshot_download(str(model), allow_patterns="model_index.json", **named))
+        return Path(DiffusionPipeline.download(str(model), **hub_arguments))
+    except Exception as error:  # whatever the hub's libraries raise without a network, a repository or the rights to it
+        cause = str(error.__cause__ or error).strip() or type(error).__name__
+        raise OSError(f"{model} (revision {hub_arguments.get('revision') or 'main'}) is no folder here, and could not be "
+                      f"had from the hub: {cause.splitlines()[0].rstrip('.')}; to place its files under model_data/ by "
+                      "hand, see model_data/README.md") from error
+
+
+def load_parts(folder: Path, **kwargs) -> dict:
+    """Load those of a pipeline's networks that `kwargs`, the arguments of its `from_pretrained`, do not bring along.
+
+    Raises OSError or ValueError, in one line, where files are missing or damaged or belong to another network.
+    """
+    return {name: load_part(folder, name, **kwargs) for name in CLASS_ON_DISK if name not in kwargs}
+
+
+def load_part(folder: Path, name: str, variant: str | None = None, **kwargs):
+    """One of a folder's networks; `variant` if this part has it, else the part as it is there."""
+    index = DiffusionPipeline.load_config(folder)
+    if not (folder / name).is_dir():
+        raise OSError(f"{folder} has no folder {name}/; put it there, or pass {name}=... to from_pretrained")
+    library, class_name = index.get(name, CLASS_ON_DISK[name])
+    part_class = Transformer2DModel if name == "transformer" else getattr(diffusers, class_name, None)
+    if library != "diffusers" or part_class is None:
+        raise ValueError(f"{folder / 'model_index.json'} wants {class_name} of {library} for {name}; only diffusers' work")
+    has_variant = variant and any(f".{variant}." in file.name or f".{variant}-" in file.name
+                                  for file in (folder / name).iterdir())
     dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
     if isinstance(dtype, dict):
-        dtype = dtype.get("transformer", dtype.get("default"))
-    return Transformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype, **chosen)
+        dtype = dtype.get(name, dtype.get("default"))
+    chosen = {key: kwargs[key] for key in READING_ARGUMENTS if key in kwargs}
+    return load_exactly(part_class, folder / name, dtype=dtype, variant=variant if has_variant else None, **chosen)
 
 
-def leave_out_defaults(scheduler, folder):
+def load_exactly(model_class: type[ModelMixin], folder: Path | str, **kwargs) -> ModelMixin:
+    """`model_class.from_pretrained(folder, **kwargs)`, where diffusers would warn and go on with random weights an error.
+
+    Raises OSError or ValueError, in one line.
+    """
+    try:
+        model, info = model_class.from_pretrained(str(folder), output_loading_info=True, **kwargs)
+    except (OSError, ValueError, RuntimeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise (OSError if isinstance(error, OSError) else ValueError)(f"{folder}: {' '.join(lines[:2])}") from error
+    wrong = [key for kind in ("missing_keys", "unexpected_keys") for key in info[kind]]
+    if wrong:
+        raise ValueError(f"{folder}: these are not the weights of this network: {len(wrong)} missing or unknown: "
+                         f"{', '.join(wrong[:3])}{', ...' if wrong[3:] else ''}")
+    return model
+
+
+def published_scheduler() -> DDIMScheduler:
+    """The scheduler of the published folders: the betas that DiT is trained with, and no `timestep_spacing`.
+
+    So each scheduler class that is made from its config keeps its own spacing.
+    """
+    return DDIMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
+                         trained_betas=None, clip_sample=False, set_alpha_to_one=True, steps_offset=0,
+                         prediction_type="epsilon")
+
+
+def leave_out_defaults(scheduler: ConfigMixin | None, folder: Path):
     """Rewrite a saved scheduler config with only those keys that were chosen, as the published configs have it.
 
     diffusers writes every default out; read by another scheduler class, DDIM's `timestep_spacing` would then bind it.
     """
     if scheduler is None:
         return
-    path = Path(folder) / "scheduler_config.json"
+    path = folder / "scheduler_config.json"
     config = json.loads(path.read_text())
     chosen = {key: value for key, value in config.items() if key not in scheduler.config.get("_use_default_values", ())}
     path.write_text(json.dumps(chosen, indent=2, sort_keys=True) + "\n")

@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from nets.guidance import guide, predicted_noise
 from nets.labels import check_class_id, check_class_ids, find_label_ids, label_table
-from nets.loading import CLASS_ON_DISK, leave_out_defaults, load_transformer
+from nets.loading import CLASS_ON_DISK, find_folder, leave_out_defaults, load_parts
 from nets.transformer_2d import Transformer2DModel
 
 CONDITIONING_BYTES = 256 * 2**20  # how much of the steps' conditioning is computed at a time
@@ -39,14 +39,22 @@ class DiTPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As diffusers' `from_pretrained`, for a folder or a hub id; the transformer is always this library's."""
-        if "transformer" not in kwargs:
-            kwargs["transformer"] = load_transformer(pretrained_model_name_or_path, **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        """As diffusers' `from_pretrained`, for a folder or a hub id; the transformer is always this library's.
+
+        Raises OSError or ValueError, in one line, where a file is missing, damaged or of another network, or the hub is
+        out of reach. Code in a file is never run: `.bin` weights are read with `weights_only=True`.
+        """
+        folder = find_folder(pretrained_model_name_or_path, **kwargs)
+        parts = load_parts(folder, **kwargs)
+        return super().from_pretrained(folder, **{**kwargs, **parts})
 
     def save_config(self, save_directory, **kwargs):
-        """Write `model_index.json`, in which the transformer has the name under which diffusers knows it."""
-        self.register_to_config(transformer=CLASS_ON_DISK)
+        """Write `model_index.json`, in which the transformer has the name under which diffusers knows it.
+
+        A VAE that is not there is named as well: put into the folder later, it is found.
+        """
+        missing = {name: on_disk for name, on_disk in CLASS_ON_DISK.items() if getattr(self, name) is None}
+        self.register_to_config(**{**missing, "transformer": CLASS_ON_DISK["transformer"]})
         super().save_config(save_directory, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -71,18 +79,27 @@ class DiTPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         output_type: str = "pil",
         return_dict: bool = True,
+        *,
+        guidance_channels: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Make one picture for each class id.
 
         Args: `class_labels`, ids in 0..num_embeds_ada_norm, the last one meaning no class; `guidance_scale`, guided if
         over 1; `generator`, for the noise; `output_type`: "pil", "np" (batch, height, width, 3) float32 in 0..1, or "pt"
-        (batch, 3, height, width) in 0..1.
+        (batch, 3, height, width) in 0..1; `guidance_channels`, how many of the latent channels are guided: all by default,
+        the first 3 in facebookresearch/DiT.
         Returns an output whose `images` are the pictures, or with `return_dict=False` a 1-tuple of them.
-        Raises ValueError or TypeError for wrong ids or an unknown output type, before any work.
+        Raises ValueError or TypeError for wrong ids, an unknown output type, a wrong number of channels, or a missing VAE,
+        before any work.
         """
         class_ids = check_class_ids(class_labels, self.transformer.config.num_embeds_ada_norm)
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type={output_type!r} is not supported; use 'pil', 'np' or 'pt'")
+        if self.vae is None:
+            raise ValueError("this pipeline has no VAE to decode with; load it with vae=...")
+        latent_channels = self.transformer.config.in_channels
+        if guidance_channels is not None and not 1 <= guidance_channels <= latent_channels:
+            raise ValueError(f"guidance_channels={guidance_channels!r} is not in 1..{latent_channels}")
         guided = guidance_scale > 1
 
         latents = self.initial_noise(len(class_ids), generator, num_inference_steps)  # (batch, channels, height, width)
@@ -95,7 +112,7 @@ class DiTPipeline(DiffusionPipeline):
             output = self.transformer(latent_input, **conditioning).sample  # noise, and perhaps variance
             noise = predicted_noise(output, latents.shape[1])
             if guided:
-                noise = guide(*noise.chunk(2), guidance_scale)  # (batch, channels, height, width)
+                noise = guide(*noise.chunk(2), guidance_scale, guidance_channels)  # (batch, channels, height, width)
             latents = self.scheduler.step(noise, timestep, latents, **step_arguments).prev_sample
 
         images = self.decode(latents)  # (batch, 3, height, width) in 0..1

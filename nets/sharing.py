@@ -8,7 +8,6 @@ import copy
 import gc
 
 import torch
-from diffusers.models.model_loading_utils import load_state_dict
 from torch import nn
 
 
@@ -61,26 +60,12 @@ def write_out_every_copy(model: nn.Module, state_dict: dict, prefix: str, local_
                     state_dict[key] = state_dict[key].clone()
 
 
-def share_if_equal(model: nn.Module, state_dict: dict, prefix: str, *_):
-    """Load-state-dict hook: one embedder if all the copies that come are equal, one a block if they differ."""
-    settle(model, [embedder_of_block(state_dict, index, prefix) for index in range(len(model.transformer_blocks))])
+def share_if_equal(model: nn.Module, state_dict: dict, prefix: str = "", *_) -> bool:
+    """One embedder if all the copies in a state dict are equal, one a block if they differ; returns whether it is shared.
 
-
-def share_as_in_files(model: nn.Module, files: list[str]) -> bool:
-    """The same for weight files, before they are loaded; returns whether all copies are equal.
-
-    The files are opened for this alone: where they are memory-mapped, the pages of the copies do not stay in memory.
+    A load-state-dict hook too. A memory-mapped state dict is compared in place; its pages leave memory with it.
     """
-    embedders = [{} for _ in model.transformer_blocks]
-    for file in files:
-        state_dict = load_state_dict(file)
-        for index, embedder in enumerate(embedders):
-            embedder.update(embedder_of_block(state_dict, index))
-    return settle(model, embedders)
-
-
-def settle(model: nn.Module, embedders: list[dict[str, torch.Tensor]]) -> bool:
-    """Share or un-share a model's embedder as the embedders that it will get ask for; returns whether it is shared."""
+    embedders = [embedder_of_block(state_dict, index, prefix) for index in range(len(model.transformer_blocks))]
     wanted = {name for name, _ in model.transformer_blocks[0].norm1.emb.named_parameters()}
     if any(set(embedder) != wanted for embedder in embedders):  # incomplete: the loading itself names what is missing
         if any(embedders[1:]):

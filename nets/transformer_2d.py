@@ -5,18 +5,20 @@ showing the two towers of a DiT. `condition(timestep, class_labels)` is the cond
 tower, and takes either those two arguments or the result of `condition`.
 """
 
+import json
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.model_loading_utils import load_state_dict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from nets.attention import BasicTransformerBlock
 from nets.embeddings import PatchEmbed
-from nets.sharing import is_copy, share_as_in_files, share_embedders, share_if_equal, write_out_every_copy
+from nets.sharing import is_copy, share_embedders, share_if_equal, write_out_every_copy
 
 # Keys that only the published 2022 configs carry, with the one value that means "a DiT".
 LEGACY_CONFIG = {"cross_attention_dim": None, "num_vector_embeds": None, "use_linear_projection": False,
@@ -40,7 +42,8 @@ class Transformer2DModel(ModelMixin, ConfigMixin):
 
     The defaults are DiT-XL/2's for 256x256 pictures, apart from `out_channels`, where the published model has 8. The null
     class, "no class", has the id `num_embeds_ada_norm`. `norm_num_groups` and `upcast_attention` are upstream's config keys
-    without an effect, there as here. A new model is initialised as the paper does it (adaLN-Zero).
+    without an effect, there as here. `downscale_freq_shift=0` with `norm_eps=1e-6` gives facebookresearch/DiT's numbers
+    instead of diffusers'. A new model is initialised as the paper does it (adaLN-Zero).
 
     Every block has an embedder in its state dict. A new model holds one, the same for all blocks; so does a loaded one
     whose copies are equal. Unequal copies stay apart.
@@ -73,6 +76,7 @@ class Transformer2DModel(ModelMixin, ConfigMixin):
         norm_type: str = "ada_norm_zero",
         norm_elementwise_affine: bool = False,
         norm_eps: float = 1e-5,
+        downscale_freq_shift: float = 1,
     ):
         super().__init__()
         require("norm_type", norm_type, "ada_norm_zero")
@@ -87,7 +91,7 @@ class Transformer2DModel(ModelMixin, ConfigMixin):
         self.pos_embed = PatchEmbed(sample_size, patch_size, in_channels, dim)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(dim, num_attention_heads, attention_head_dim, num_embeds_ada_norm, dropout,
-                                  attention_bias, norm_elementwise_affine, norm_eps)
+                                  attention_bias, norm_elementwise_affine, norm_eps, downscale_freq_shift)
             for _ in range(num_layers)
         )
         self.norm_out = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
@@ -190,16 +194,45 @@ class Transformer2DModel(ModelMixin, ConfigMixin):
             config = {key: value for key, value in config.items() if key not in LEGACY_CONFIG}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
+    def to_json_string(self) -> str:
+        """The config as upstream writes it: under its class name, and without the key that it lacks unless that is set."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = CLASS_NAMES_ON_DISK[0]
+        if config["downscale_freq_shift"] == 1:
+            del config["downscale_freq_shift"]
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, resolved_model_file, *args, **kwargs):
-        """The step of `from_pretrained` that fills the model: whether the embedder is shared is settled before it."""
-        equal = share_as_in_files(model, resolved_model_file)
+        """The step of `from_pretrained` that fills the model: whether the embedder is shared is settled before it.
+
+        Raises ValueError for weights that are not this network's: none is left at random, none is left out.
+        """
+        files = [load_state_dict(file) for file in resolved_model_file]  # memory-mapped, and let go again
+        given = {key: tensor for weights in files for key, tensor in weights.items()}
+        require_same_weights(model.state_dict(), given, any_shape=kwargs.get("ignore_mismatched_sizes", False))
+        equal = share_if_equal(model, given)
+        del files, given
         if equal and state_dict is not None:
             state_dict = {key: tensor for key, tensor in state_dict.items() if not is_copy(key)}
         loaded = super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
         if equal:
             share_embedders(model)  # a shard, which is not all of the weights, may have un-shared it on its way
         return loaded
+
+
+def require_same_weights(wanted: dict[str, torch.Tensor], given: dict[str, torch.Tensor], any_shape: bool = False):
+    """Raise a ValueError, in one line, unless two state dicts have the same keys and shapes."""
+    differences = {
+        "missing": [key for key in wanted if key not in given],
+        "unknown": [key for key in given if key not in wanted],
+        "of another shape": [f"{key} {tuple(given[key].shape)} instead of {tuple(wanted[key].shape)}" for key in wanted
+                                 if not any_shape and key in given and given[key].shape != wanted[key].shape],
+    }
+    found = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+                      for what, keys in differences.items() if keys)
+    if found:
+        raise ValueError(f"these are not the weights of this network: {found}")
 
 
 def require(key: str, value, *supported):

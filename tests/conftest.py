@@ -60,6 +60,12 @@ def tiny_vae():
                                    up_block_types=("UpDecoderBlock2D",) * 2).eval()
 
 
+def tiny_unet():
+    """A random network that is no DiT."""
+    return diffusers.UNet2DModel(4, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1,
+                                 down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+
+
 def tiny_pipeline(**config):
     """A random pipeline of ours, with ten named classes."""
     transformer = fill(Transformer2DModel(**{**TINY, **config})).eval()
@@ -75,11 +81,18 @@ def pipeline():
 
 
 @pytest.fixture(scope="session")
-def small_model():
-    """The model that ships, loaded once; tests put back what they change."""
+def small_model_loaded_once():
     pipeline = DiTPipeline.from_pretrained(SMALL_MODEL)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def small_model(small_model_loaded_once):
+    """The model that ships, with its own scheduler; other things that a test changes, it puts back."""
+    scheduler = small_model_loaded_once.scheduler
+    yield small_model_loaded_once
+    small_model_loaded_once.scheduler = scheduler
 
 
 @pytest.fixture(scope="session")

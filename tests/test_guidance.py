@@ -58,6 +58,16 @@ def test_guided_scores_are_those_of_the_sharpened_density(guidance_scale):
     torch.testing.assert_close(guide(conditional, unconditional, guidance_scale), target, rtol=1e-12, atol=1e-12)
 
 
+def test_three_guided_channels_are_the_originals_guidance():
+    output = torch.randn(4, 8, 2, 2)  # conditional pictures 0 and 1, unconditional ones behind them
+    conditional, unconditional = output[:2], output[2:]
+    expected = conditional[:, :4].clone()
+    for channel in range(3):
+        expected[:, channel] = unconditional[:, channel] + 1.5 * (conditional[:, channel] - unconditional[:, channel])
+    assert torch.equal(guide(*output[:, :4].chunk(2), 1.5, guidance_channels=3), expected)
+    assert torch.equal(guide(*output[:, :4].chunk(2), 1.5, guidance_channels=4), guide(*output[:, :4].chunk(2), 1.5))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_guidance_keeps_the_dtype(dtype):
     assert guide(torch.ones(1, 4, 2, 2, dtype=dtype), torch.zeros(1, 4, 2, 2, dtype=dtype), 4.0).dtype == dtype

@@ -1,16 +1,19 @@
 """Pipeline folders: what we write, upstream reads, and the other way round."""
 
 import json
+import shutil
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_MODEL, TINY, embedder_count, tiny_vae, upstream_model
+from conftest import SMALL_MODEL, TINY, fill, tiny_unet, tiny_vae, upstream_model
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import predict
 from nets import DiTPipeline, Transformer2DModel
+from nets.loading import find_folder
 
 
 def pictures(pipeline, **arguments):
@@ -19,23 +22,153 @@ def pictures(pipeline, **arguments):
                     **arguments).images
 
 
-def test_upstream_loads_the_folder_that_we_save(pipeline, tmp_path):
+ID2LABEL = {k: f"class {k}, name {k}" for k in range(10)}
+LEGACY_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def make_legacy(folder):
+    """Turn a folder with `.bin` weights into the form of the published ones: configs, names of classes and keys of 2022."""
+    index = json.loads((folder / "model_index.json").read_text())
+    index["transformer"] = ["diffusers", "Transformer2DModel"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "transformer/config.json").read_text())
+    config.update({"_class_name": "Transformer2DModel", "cross_attention_dim": None, "num_vector_embeds": None,
+                   "use_linear_projection": False, "only_cross_attention": False})
+    (folder / "transformer/config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "norm_eps"}))
+    config = json.loads((folder / "vae/config.json").read_text())
+    assert config.pop("scaling_factor") == 0.18215
+    (folder / "vae/config.json").write_text(json.dumps(config))
+    weights = torch.load(folder / "vae/diffusion_pytorch_model.bin", weights_only=True)
+    for today, legacy in LEGACY_ATTENTION.items():
+        for key in [key for key in weights if f".attentions.0.{today}." in key]:
+            weights[key.replace(f".{today}.", f".{legacy}.")] = weights.pop(key)
+    assert sum("proj_attn" in key for key in weights) == 4
+    torch.save(weights, folder / "vae/diffusion_pytorch_model.bin")
+
+
+FORMATS = {"legacy .bin": dict(safe_serialization=False), "safetensors": {}, "sharded": dict(max_shard_size="50KB"),
+           "fp16 variant": dict(variant="fp16")}
+
+
+def save(pipeline, folder, kind):
+    """Save either library's pipeline in one of the formats, class names included."""
+    pipeline.save_pretrained(folder, **FORMATS[kind])
+    index = json.loads((folder / "model_index.json").read_text())
+    if "id2label" not in index:  # upstream drops it
+        (folder / "model_index.json").write_text(json.dumps({**index, "id2label": ID2LABEL}))
+    if kind == "legacy .bin":
+        make_legacy(folder)
+    return folder
+
+
+def load(library, folder, kind):
+    half = {"variant": "fp16", "torch_dtype": torch.float16} if kind == "fp16 variant" else {}
+    return library.from_pretrained(folder, **half)
+
+
+def contents(pipeline):
+    """All that must survive: each part's config as it is saved, its weights, and the labels."""
+    parts = {name: getattr(pipeline, name) for name in ("transformer", "vae")}
+    configs = {name: {key: value for key, value in json.loads(part.to_json_string()).items() if key != "_name_or_path"}
+               for name, part in parts.items()}
+    legacy = ("cross_attention_dim", "num_vector_embeds", "use_linear_projection", "only_cross_attention")
+    configs["transformer"] = {key: value for key, value in configs["transformer"].items() if key not in legacy}
+    return configs, {name: part.state_dict() for name, part in parts.items()}, pipeline.labels
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("order", ["ours, upstream, ours", "upstream, ours, upstream"])
+def test_nothing_is_lost_on_the_way_through_the_other_library(order, kind, tmp_path):
+    libraries = [DiTPipeline if name == "ours" else diffusers.DiTPipeline for name in order.split(", ")]
+    transformer = fill(Transformer2DModel(**TINY)).eval() if libraries[0] is DiTPipeline else upstream_model(**TINY)
+    pipeline = libraries[0](transformer, tiny_vae(), diffusers.DDIMScheduler(clip_sample=False), id2label=ID2LABEL)
+    if kind == "fp16 variant":
+        pipeline.to(torch.float16)
+    seen = []
+    for number, library in enumerate(libraries):
+        pipeline = load(library, save(pipeline, tmp_path / f"{number}", kind), kind)
+        assert type(pipeline.transformer).__module__.startswith("nets" if library is DiTPipeline else "diffusers")
+        seen.append((contents(pipeline), pictures(pipeline.to(torch.float32), guidance_scale=1)))
+    assert len(list((tmp_path / "1/transformer").iterdir())) == (2 if kind != "sharded" else 8)
+    for (configs, weights, labels), picture in seen:
+        (first_configs, first_weights, first_labels), first_picture = seen[0]
+        assert configs == first_configs and labels == first_labels and len(labels) == 20
+        for part in weights:
+            assert weights[part].keys() == first_weights[part].keys()
+            assert all(torch.equal(tensor, first_weights[part][key]) for key, tensor in weights[part].items())
+        assert np.abs(picture - first_picture).max() < 1e-5  # layout of the decoder's convolutions
+    assert np.array_equal(seen[2][1], seen[0][1])
+
+
+def test_a_variant_is_taken_by_the_parts_that_have_it(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
-    upstream = diffusers.DiTPipeline.from_pretrained(tmp_path)
-    assert type(upstream.transformer) is diffusers.DiTTransformer2DModel
-    assert np.abs(pictures(upstream, guidance_scale=1) - pictures(pipeline, guidance_scale=1)).max() < 1e-5
+    (tmp_path / "transformer/diffusion_pytorch_model.safetensors").rename(
+        tmp_path / "transformer/diffusion_pytorch_model.fp16.safetensors")
+    loaded = DiTPipeline.from_pretrained(tmp_path, variant="fp16")
+    assert torch.equal(loaded.transformer.proj_out_1.weight, pipeline.transformer.proj_out_1.weight)
 
 
-@pytest.mark.parametrize("class_on_disk", ["DiTTransformer2DModel", "Transformer2DModel"])
-def test_we_load_the_folders_that_upstream_saves_today_and_saved_in_2022(class_on_disk, tmp_path):
-    upstream = diffusers.DiTPipeline(upstream_model(**TINY), tiny_vae(), diffusers.DDIMScheduler(clip_sample=False))
-    upstream.save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    index["transformer"] = ["diffusers", class_on_disk]
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    ours = DiTPipeline.from_pretrained(tmp_path)
-    assert type(ours.transformer) is Transformer2DModel and embedder_count(ours.transformer) == 1
-    assert np.abs(pictures(ours, guidance_scale=1) - pictures(upstream, guidance_scale=1)).max() < 1e-5
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def edit_config(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+DAMAGE = {
+    "truncated transformer": (lambda folder: truncate(folder / "transformer" / WEIGHTS), "transformer"),
+    "truncated vae": (lambda folder: truncate(folder / "vae" / WEIGHTS), "vae"),
+    "a unet's weights": (lambda folder: save_file(tiny_unet().state_dict(), folder / "transformer" / WEIGHTS),
+                         "not the weights of this network: 44 missing: .*; 74 unknown: "),
+    "a unet's folder": (lambda folder: tiny_unet().save_pretrained(folder / "transformer"), "_class_name='UNet2DModel'"),
+    "a unet as vae": (lambda folder: save_file(tiny_unet().state_dict(), folder / "vae" / WEIGHTS), "not the weights"),
+    "more layers than weights": (lambda folder: edit_config(folder / "transformer/config.json", num_layers=3),
+                                 "19 missing"),
+    "fewer layers than weights": (lambda folder: edit_config(folder / "transformer/config.json", num_layers=1),
+                                  "19 unknown"),
+    "more classes than weights": (lambda folder: edit_config(folder / "transformer/config.json", num_embeds_ada_norm=11),
+                                  r"\(11, 32\) instead of \(12, 32\)"),
+    "no transformer": (lambda folder: shutil.rmtree(folder / "transformer"), "has no folder transformer/"),
+    "no vae weights": (lambda folder: (folder / "vae" / WEIGHTS).unlink(), "no file named"),
+    "no vae config": (lambda folder: (folder / "vae/config.json").unlink(), "config.json"),
+    "a broken config": (lambda folder: (folder / "transformer/config.json").write_text("{"), "config"),
+    "no scheduler": (lambda folder: shutil.rmtree(folder / "scheduler"), "scheduler"),
+    "no index": (lambda folder: (folder / "model_index.json").unlink(), "model_index.json"),
+    "an unknown vae": (lambda folder: edit_config(folder / "model_index.json", vae=["diffusers", "NoSuch"]), "NoSuch"),
+}
+
+
+@pytest.mark.parametrize("spoil, message", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_or_foreign_folder_is_refused_in_one_line(spoil, message, pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises((OSError, ValueError), match=message) as error:
+        DiTPipeline.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value).strip()
+
+
+class RunsCode:
+    def __reduce__(self):
+        return (print, ("code of the file ran",))
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_a_bin_file_that_would_run_code_is_refused_and_its_code_not_run(part, pipeline, tmp_path, capsys):
+    pipeline.save_pretrained(tmp_path, safe_serialization=False)
+    torch.save({"a": RunsCode()}, tmp_path / part / "diffusion_pytorch_model.bin")
+    with pytest.raises((OSError, ValueError), match=part) as error:
+        DiTPipeline.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value).strip() and "code of the file ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("only_index", [True, False])
+def test_without_a_network_a_hub_id_ends_in_one_line_that_says_what_was_tried(only_index, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"^facebook/DiT-XL-2-256 \(revision refs/pr/1\).*model_data/README\.md$") as error:
+        find_folder("facebook/DiT-XL-2-256", only_index, revision="refs/pr/1", cache_dir=tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_labels_survive_saving_and_loading(pipeline, tmp_path):

@@ -1,5 +1,7 @@
 """DiTPipeline against diffusers' DiTPipeline: pictures, ids, what the network sees, and what it is told beforehand."""
 
+import json
+
 import diffusers
 import numpy as np
 import pytest
@@ -15,13 +17,13 @@ SCHEDULERS = {"dpm": diffusers.DPMSolverMultistepScheduler, "ddim": diffusers.DD
 
 def upstream_twin(pipeline):
     """Upstream's pipeline with our pipeline's weights; its null class is 1000, so the label tables grow to 1001 rows."""
-    config = {key: value for key, value in pipeline.transformer.config.items() if not key.startswith("_")}
+    config = json.loads(pipeline.transformer.to_json_string())
     state = pipeline.transformer.state_dict()
     for key in [key for key in state if key.endswith("embedding_table.weight")]:
         table = torch.zeros(1001, state[key].shape[1])
         table[:len(state[key]) - 1], table[1000] = state[key][:-1], state[key][-1]
         state[key] = table
-    transformer = diffusers.DiTTransformer2DModel(**{**config, "num_embeds_ada_norm": 1000}).eval()
+    transformer = diffusers.DiTTransformer2DModel.from_config({**config, "num_embeds_ada_norm": 1000}).eval()
     transformer.load_state_dict(state)
     twin = diffusers.DiTPipeline(transformer, pipeline.vae, pipeline.scheduler)
     twin.set_progress_bar_config(disable=True)
@@ -47,7 +49,7 @@ def random_pair():
     return ours, upstream_twin(ours)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def shipped_pair(small_model):
     return small_model, upstream_twin(small_model)
 
@@ -198,6 +200,23 @@ def test_the_scheduler_sees_the_batch_once(pipeline):
 def test_a_model_without_learned_variance_makes_upstreams_pictures():
     ours = tiny_pipeline(out_channels=4)
     assert_same_pictures(run(ours, [1, 2]), run(upstream_twin(ours), [1, 2]))
+
+
+def test_guidance_channels_are_the_originals_way_to_guide(pipeline):
+    """One DDIM step to t = 0 is linear in the noise, so the picture's latents show which channels were guided."""
+    def latents(**arguments):
+        seen = []
+        pipeline.vae.decode = lambda latents: seen.append(latents) or decode(latents)
+        pipeline([3], generator=torch.Generator().manual_seed(0), num_inference_steps=1, **arguments)
+        return seen[0]
+
+    decode = pipeline.vae.decode
+    unguided, four, three = latents(guidance_scale=1), latents(), latents(guidance_channels=3)
+    assert torch.equal(three[:, :3], four[:, :3]) and torch.equal(latents(guidance_channels=4), four)
+    assert (three[:, 3] - unguided[:, 3]).abs().max() < 1e-5 < (four[:, 3] - unguided[:, 3]).abs().max()
+    for wrong in (0, 5):
+        with pytest.raises(ValueError, match=f"guidance_channels={wrong} is not in 1..4"):
+            pipeline([3], guidance_channels=wrong)
 
 
 def test_out_channels_none_works():

@@ -173,6 +173,65 @@ def test_list_classes_prints_ids_and_names(capsys):
     assert len(run(capsys, "--list-classes")[1].splitlines()) == 10
 
 
+def test_list_classes_shows_the_spelling_that_picks_each_class(capsys, tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.register_to_config(id2label={**{k: f"class {k}" for k in range(8)}, 8: "crane, lifting gear", 9: "crane"})
+    pipeline.save_pretrained(tmp_path / "model")
+    status, out, _ = run(capsys, "--list-classes", "crane", "--model", tmp_path / "model")
+    assert status == 0 and out.splitlines() == ["   8  crane#8, lifting gear", "   9  crane#9"]
+    status, _, error = run(capsys, "crane", "--model", tmp_path / "model", "--output-dir", tmp_path / "out")
+    assert status == 2 and "'crane#8' or 'lifting gear' or 'crane#9'" in error and not (tmp_path / "out").exists()
+    run(capsys, "crane#9", "#8", "10", "--steps", 1, "--model", tmp_path / "model", "--output-dir", tmp_path / "out")
+    made = {path.name: json.loads(Image.open(path).text["class_ids"]) for path in (tmp_path / "out").iterdir()}
+    assert made == {name: [9, 8, 10] for name in ("crane-seed42.png", "crane-seed42-2.png", "none-seed42.png")}
+
+
+def test_list_classes_takes_one_text(capsys):
+    status, _, error = run(capsys, "--list-classes", "bag", "coat")
+    assert status == 2 and "'coat' is too much" in error
+
+
+def test_a_class_id_that_the_model_lacks_gets_one_line(capsys, tmp_path):
+    status, out, error = run(capsys, "11", "--output-dir", tmp_path)
+    assert status == 2 and out == "" and "class id 11 is out of range" in error
+
+
+def test_guidance_channels_change_the_picture_and_are_written_into_it(capsys, tmp_path):
+    run(capsys, "bag", "--steps", 3, "--output-dir", tmp_path / "all")
+    run(capsys, "bag", "--steps", 3, "--guidance-channels", 3, "--output-dir", tmp_path / "three")
+    run(capsys, "--like", tmp_path / "three/bag-seed42.png", "--output-dir", tmp_path / "again")
+    every, three, again = (Image.open(tmp_path / folder / "bag-seed42.png") for folder in ("all", "three", "again"))
+    assert "guidance_channels" not in every.text and three.text["guidance_channels"] == "3"
+    assert not np.array_equal(np.asarray(three), np.asarray(every))
+    assert np.array_equal(np.asarray(three), np.asarray(again))
+    status, _, error = run(capsys, "bag", "--guidance-channels", 5, "--output-dir", tmp_path)
+    assert status == 2 and "guidance_channels=5 is not in 1..4" in error
+
+
+def test_a_hub_id_without_a_network_gets_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    status, out, error = run(capsys, "207", "--model", "facebook/DiT-XL-2-256", "--revision", "refs/pr/1")
+    assert status == 2 and out == "" and "(revision refs/pr/1)" in error and "model_data/README.md" in error
+
+
+def test_a_scheduler_whose_package_is_not_there_gets_one_line(capsys, monkeypatch, tmp_path):
+    import diffusers
+
+    def needs_more(_):
+        raise ImportError("\nit needs the scipy library\n")
+    monkeypatch.setattr(diffusers.LMSDiscreteScheduler, "from_config", needs_more)
+    status, _, error = run(capsys, "bag", "--scheduler", "lms", "--output-dir", tmp_path)
+    assert status == 2 and "it needs the scipy library" in error
+
+
+def test_a_reader_of_the_output_may_stop_early():
+    with subprocess.Popen([sys.executable, "predict.py", "--list-classes"], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 0
+
+
 def test_any_folder_of_the_format_can_be_the_model(capsys, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "model")
     status, _, _ = run(capsys, "name 3", "--model", tmp_path / "model", "--steps", 2, "--output-dir", tmp_path / "out")

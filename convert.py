@@ -1,0 +1,152 @@
+"""Checkpoints of facebookresearch/DiT to diffusers folders, and back.
+
+    python convert.py DiT-XL-2-256x256.pt model_data/DiT-XL-2-256 --vae stabilityai/sd-vae-ft-ema
+    python convert.py model_data/DiT-XL-2-256 DiT-XL-2-256x256.pt
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+MODEL_DATA = Path(__file__).resolve().parent / "model_data"
+
+
+def main(argv=None) -> int:
+    """Run the command line; returns the exit status: 0, or 2 for input that is wrong, with nothing written."""
+    arguments = parse_arguments(argv)
+    started = time.perf_counter()
+    try:
+        if arguments.target.exists() and not (arguments.target.is_dir() and not any(arguments.target.iterdir())):
+            raise ValueError(f"{arguments.target} is there already; name another target, or move it away")
+        if not arguments.source.exists():
+            raise ValueError(f"there is no {arguments.source}")
+        (to_file if arguments.source.is_dir() else to_folder)(arguments)
+    except (OSError, ValueError) as error:
+        print(f"convert.py: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {arguments.target} in {time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def parse_arguments(argv):
+    """The command line as a namespace; argparse ends the program with status 2 where a value is wrong."""
+    parser = argparse.ArgumentParser(prog="convert.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="a .pt of facebookresearch/DiT, or a pipeline or transformer folder")
+    parser.add_argument("target", type=Path, help="the folder or the .pt to write; it must not be there yet")
+    folder = parser.add_argument_group("for a .pt into a folder")
+    folder.add_argument("--vae", metavar="DIR_OR_ID", help="the VAE to put beside it: a VAE's or a pipeline's folder, or a "
+                                                           "hub id; without it transformer and scheduler alone are written")
+    folder.add_argument("--weights", choices=("ema", "model"), default="ema",
+                        help="which of a training checkpoint's two networks (default ema)")
+    folder.add_argument("--heads", type=int, help="number of attention heads, where the size is none of the published")
+    folder.add_argument("--numerics", choices=("diffusers", "original"), default="diffusers",
+                        help="compute as diffusers does with these weights (default), or exactly as facebookresearch/DiT")
+    folder.add_argument("--id2label", type=Path, metavar="FILE.json",
+                        help="class id -> names (default: ImageNet's, where there are 1000 classes)")
+    return parser.parse_args(argv)
+
+
+def to_folder(arguments):
+    """A `.pt` into a pipeline folder."""
+    print(f"reading {arguments.source} ({arguments.source.stat().st_size / 1e9:.2f} GB)", flush=True)
+
+    from nets import DiTPipeline
+    from nets.checkpoint import from_original, read_config, read_original
+    from nets.loading import published_scheduler
+
+    quiet_diffusers()
+    state_dict = read_original(arguments.source, arguments.weights)
+    config = read_config(state_dict, arguments.heads, arguments.numerics)
+    transformer = from_original(state_dict, config)
+    print(f"DiT of width {config['num_attention_heads'] * config['attention_head_dim']}, depth {config['num_layers']}, "
+          f"{config['num_attention_heads']} heads, patch {config['patch_size']}, {config['num_embeds_ada_norm']} classes, "
+          f"latents {config['in_channels']}x{config['sample_size']}x{config['sample_size']}, "
+          f"{config['out_channels']} output channels; {arguments.numerics} numerics", flush=True)
+    id2label = read_labels(arguments.id2label, config["num_embeds_ada_norm"])
+    vae = load_vae(arguments.vae, config["in_channels"]) if arguments.vae else None
+
+    pipeline = DiTPipeline(transformer, vae, published_scheduler(), id2label)
+    print("writing", flush=True)
+    partial = arguments.target.with_name(f".{arguments.target.name}.partial-{os.getpid()}")
+    try:
+        pipeline.save_pretrained(partial)
+        os.replace(partial, arguments.target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if vae is None:
+        print(f"no --vae was given: transformer and scheduler alone are written; put the folder of a VAE into "
+              f"{arguments.target / 'vae'} before you make pictures (the published models use stabilityai/sd-vae-ft-ema)")
+
+
+def to_file(arguments):
+    """The transformer of a folder into a `.pt`."""
+    given = [f"--{name}" for name in ("vae", "heads", "id2label") if getattr(arguments, name) is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} is for a .pt into a folder; here a folder becomes a .pt")
+    if arguments.target.is_dir():
+        raise ValueError(f"{arguments.target} is a folder; name the .pt to write")
+    folder = arguments.source / "transformer" if (arguments.source / "transformer").is_dir() else arguments.source
+    print(f"reading {folder}", flush=True)
+
+    import torch
+
+    from nets import Transformer2DModel
+    from nets.checkpoint import NUMERICS, to_original
+    from nets.loading import load_exactly
+
+    quiet_diffusers()
+    transformer = load_exactly(Transformer2DModel, folder)
+    state_dict = to_original(transformer)
+    if any(transformer.config[key] != value for key, value in NUMERICS["original"].items()):
+        print("note: this folder has diffusers' numerics, which a .pt does not keep: facebookresearch/DiT will compute "
+              "slightly different numbers from the same weights")
+    print(f"writing {sum(tensor.nbytes for tensor in state_dict.values()) / 1e9:.2f} GB", flush=True)
+    partial = arguments.target.with_name(f".{arguments.target.name}.partial-{os.getpid()}")
+    try:
+        torch.save(state_dict, partial)
+        os.replace(partial, arguments.target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_labels(path, classes):
+    """id2label from a JSON file; without a file ImageNet's for 1000 classes, else none."""
+    if path is None and classes != 1000:
+        return None
+    path = path or MODEL_DATA / "imagenet_id2label.json"
+    try:
+        id2label = {int(key): str(names) for key, names in json.loads(path.read_text()).items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no JSON object of class id -> names: {error}") from error
+    if sorted(id2label) != list(range(classes)):
+        raise ValueError(f"{path} names {len(id2label)} classes, and the checkpoint has 0 to {classes - 1}")
+    return id2label
+
+
+def load_vae(vae, channels):
+    """The VAE of a folder or a hub id, checked to have latents of that many channels."""
+    from diffusers import AutoencoderKL
+
+    from nets.loading import load_exactly
+
+    model = load_exactly(AutoencoderKL, Path(vae) / "vae" if (Path(vae) / "vae").is_dir() else vae)
+    if model.config.latent_channels != channels:
+        raise ValueError(f"{vae} has latents of {model.config.latent_channels} channels, the checkpoint of {channels}")
+    return model
+
+
+def quiet_diffusers():
+    """No warnings and bars from diffusers; what matters of them is an error here."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

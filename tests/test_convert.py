@@ -1,0 +1,191 @@
+"""convert.py: .pt to folder to .pt, what it says, and that a failure writes nothing."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, fill, tiny_pipeline, tiny_unet, tiny_vae
+from test_checkpoint import original_state_dict
+
+import convert
+from nets import DiTPipeline, Transformer2DModel
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A small .pt, and its path."""
+    weights = original_state_dict(64, 2)
+    torch.save(weights, tmp_path / "dit.pt")
+    return weights, tmp_path / "dit.pt"
+
+
+def run(*arguments):
+    return convert.main([str(argument) for argument in arguments])
+
+
+def one_line(capsys):
+    err = capsys.readouterr().err
+    assert err.startswith("convert.py: ") and err.count("\n") == 1
+    return err
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("numerics", ["diffusers", "original"])
+def test_a_checkpoint_goes_to_a_folder_and_back_bit_equal(numerics, checkpoint, tmp_path, capsys):
+    weights, path = checkpoint
+    assert run(path, tmp_path / "folder", "--heads", 4, "--numerics", numerics) == 0
+    assert "transformer and scheduler alone" in capsys.readouterr().out
+    assert files(tmp_path / "folder") == ["model_index.json", "scheduler", "scheduler/scheduler_config.json", "transformer",
+                                          "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"]
+    assert run(tmp_path / "folder", tmp_path / "again.pt") == 0
+    assert ("note: this folder has diffusers' numerics" in capsys.readouterr().out) == (numerics == "diffusers")
+    again = torch.load(tmp_path / "again.pt", weights_only=True)
+    assert again.keys() == weights.keys() and all(torch.equal(again[key], weights[key]) for key in weights)
+    assert (tmp_path / "again.pt").stat().st_size < 1.1 * path.stat().st_size
+
+
+@pytest.mark.parametrize("numerics", ["diffusers", "original"])
+def test_upstream_loads_the_folder_of_either_numerics(numerics, checkpoint, tmp_path):
+    run(checkpoint[1], tmp_path / "folder", "--heads", 4, "--numerics", numerics)
+    config = json.loads((tmp_path / "folder/transformer/config.json").read_text())
+    assert ("downscale_freq_shift" in config) == (numerics == "original")
+    upstream = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "folder/transformer")
+    ours = Transformer2DModel.from_pretrained(tmp_path / "folder/transformer")
+    weights = upstream.state_dict()
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in ours.state_dict().items())
+
+
+def test_numerics_survive_saving_by_either_library(checkpoint, tmp_path):
+    run(checkpoint[1], tmp_path / "folder", "--heads", 4, "--numerics", "original")
+    for library in (Transformer2DModel, diffusers.DiTTransformer2DModel):
+        library.from_pretrained(tmp_path / "folder/transformer").save_pretrained(tmp_path / library.__name__)
+        config = Transformer2DModel.from_pretrained(tmp_path / library.__name__).config
+        assert (config.downscale_freq_shift, config.norm_eps) == (0, 1e-6)
+
+
+def test_a_vae_and_labels_make_a_whole_pipeline(checkpoint, tmp_path):
+    tiny_vae().save_pretrained(tmp_path / "some-vae")
+    (tmp_path / "names.json").write_text(json.dumps({k: f"class {k}" for k in range(10)}))
+    assert run(checkpoint[1], tmp_path / "folder", "--heads", 4, "--vae", tmp_path / "some-vae",
+               "--id2label", tmp_path / "names.json") == 0
+    pipeline = DiTPipeline.from_pretrained(tmp_path / "folder")
+    pipeline.set_progress_bar_config(disable=True)
+    picture, = pipeline(pipeline.get_label_ids("class 3"), num_inference_steps=2, output_type="np").images
+    assert picture.shape == (16, 16, 3) and np.isfinite(picture).all()
+    vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "some-vae").state_dict()
+    assert all(torch.equal(tensor, vae[key]) for key, tensor in pipeline.vae.state_dict().items())
+
+
+def test_a_vae_put_beside_it_later_is_found_and_until_then_the_error_says_what_to_do(checkpoint, tmp_path):
+    run(checkpoint[1], tmp_path / "folder", "--heads", 4)
+    with pytest.raises(OSError, match=r"has no folder vae/; put it there, or pass vae=") as error:
+        DiTPipeline.from_pretrained(tmp_path / "folder")
+    assert "\n" not in str(error.value)
+    assert DiTPipeline.from_pretrained(tmp_path / "folder", vae=tiny_vae()).vae is not None
+    with pytest.raises(ValueError, match="has no VAE"):
+        DiTPipeline.from_pretrained(tmp_path / "folder", vae=None)([1])
+    tiny_vae().save_pretrained(tmp_path / "folder/vae")
+    assert DiTPipeline.from_pretrained(tmp_path / "folder").vae.config.latent_channels == 4
+
+
+def test_a_thousand_classes_get_the_names_of_imagenet(tmp_path):
+    torch.save(original_state_dict(64, 1, classes=1000), tmp_path / "dit.pt")
+    run(tmp_path / "dit.pt", tmp_path / "folder", "--heads", 4)
+    index = json.loads((tmp_path / "folder/model_index.json").read_text())
+    assert index["id2label"]["207"] == "golden retriever" and len(index["id2label"]) == 1000
+
+
+def test_the_scheduler_is_the_published_one(checkpoint, tmp_path):
+    run(checkpoint[1], tmp_path / "folder", "--heads", 4)
+    config = json.loads((tmp_path / "folder/scheduler/scheduler_config.json").read_text())
+    assert (config["_class_name"], config["beta_start"], config["beta_end"]) == ("DDIMScheduler", 1e-4, 0.02)
+    assert config["clip_sample"] is False and "timestep_spacing" not in config
+
+
+def spoil_nothing(folder):
+    pass
+
+
+def other_vae(folder):
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=8).save_pretrained(folder / "vae8")
+
+
+def truncate(folder):
+    (folder / "dit.pt").write_bytes((folder / "dit.pt").read_bytes()[:9000])
+
+
+@pytest.mark.parametrize("prepare, arguments, message", [
+    (spoil_nothing, [], "no published size; say how many"),
+    (spoil_nothing, ["--heads", 5], "cannot be split into 5 heads"),
+    (spoil_nothing, ["--heads", 4, "--vae", "{}/nowhere"], "nowhere"),
+    (other_vae, ["--heads", 4, "--vae", "{}/vae8"], "latents of 8 channels, the checkpoint of 4"),
+    (lambda folder: (folder / "n.json").write_text('{"0": "a"}'), ["--heads", 4, "--id2label", "{}/n.json"], "names 1 cl"),
+    (lambda folder: (folder / "n.json").write_text("a"), ["--heads", 4, "--id2label", "{}/n.json"], "no JSON object"),
+    (lambda folder: (folder / "out").write_text("mine"), ["--heads", 4], "is there already"),
+    (lambda folder: (folder / "dit.pt").unlink(), ["--heads", 4], "there is no "),
+    (truncate, ["--heads", 4], "cannot be read"),
+    (lambda folder: (folder / "dit.pt").write_text("<html>"), ["--heads", 4], "cannot be read"),
+    (lambda folder: torch.save(tiny_unet().state_dict(), folder / "dit.pt"), ["--heads", 4], "not a DiT"),
+], ids=["no heads", "wrong heads", "no vae", "wrong vae", "few labels", "labels no json", "target there", "no source",
+        "truncated", "a web page", "a unet"])
+def test_what_is_wrong_gets_one_line_and_nothing_is_written(prepare, arguments, message, checkpoint, tmp_path, capsys):
+    prepare(tmp_path)
+    before = files(tmp_path)
+    assert run(tmp_path / "dit.pt", tmp_path / "out", *(str(word).format(tmp_path) for word in arguments)) == 2
+    assert message in one_line(capsys)
+    assert files(tmp_path) == before
+
+
+def test_the_way_back_refuses_what_the_original_cannot_hold_and_writes_nothing(tmp_path, capsys):
+    fill(Transformer2DModel(**TINY, attention_bias=False)).save_pretrained(tmp_path / "dit")
+    assert run(tmp_path / "dit", tmp_path / "out.pt") == 2
+    assert "attention_bias=False" in one_line(capsys)
+    assert run(tmp_path / "dit", tmp_path / "out.pt", "--heads", 4) == 2
+    assert "--heads is for a .pt into a folder" in one_line(capsys)
+    (tmp_path / "dit/config.json").unlink()
+    assert run(tmp_path / "dit", tmp_path / "out.pt") == 2
+    assert "config.json" in one_line(capsys)
+    assert files(tmp_path) == ["dit", "dit/diffusion_pytorch_model.safetensors"]
+
+
+def test_a_failure_while_writing_leaves_nothing(checkpoint, tmp_path, monkeypatch, capsys):
+    def full_disk(*_, **__):
+        raise OSError("No space left on device")
+    before = files(tmp_path)
+    monkeypatch.setattr(Transformer2DModel, "save_pretrained", full_disk)
+    assert run(checkpoint[1], tmp_path / "out", "--heads", 4) == 2
+    assert "No space left" in one_line(capsys) and files(tmp_path) == before
+    tiny_pipeline().transformer.save_config(tmp_path / "dit")
+    monkeypatch.undo()
+    fill(Transformer2DModel(**TINY)).save_pretrained(tmp_path / "dit")
+    before = files(tmp_path)
+    monkeypatch.setattr(torch, "save", full_disk)
+    assert run(tmp_path / "dit", tmp_path / "out.pt") == 2
+    assert "No space left" in one_line(capsys) and files(tmp_path) == before
+
+
+def test_dit_xl_2_whole_goes_to_a_folder_and_back_bit_equal():
+    with tempfile.TemporaryDirectory() as folder:  # 8.4 GB, not to be kept as tmp_path would
+        folder = Path(folder)
+        weights = original_state_dict(1152, 28, side=16, classes=1000)
+        assert sum(tensor.numel() for tensor in weights.values()) == 675_129_632
+        torch.save(weights, folder / "dit.pt")
+        del weights
+        assert run(folder / "dit.pt", folder / "out") == 0
+        saved = diffusers.models.model_loading_utils.load_state_dict(
+            str(folder / "out/transformer/diffusion_pytorch_model.safetensors"))
+        assert sum(tensor.numel() for tensor in saved.values()) == 749_826_464
+        del saved
+        assert run(folder / "out", folder / "again.pt") == 0
+        shutil.rmtree(folder / "out")
+        first, again = (torch.load(folder / name, weights_only=True, mmap=True) for name in ("dit.pt", "again.pt"))
+        assert first.keys() == again.keys() and all(torch.equal(again[key], first[key]) for key in first)
