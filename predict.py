@@ -86,14 +86,19 @@ def run(arguments):
     seconds = time.perf_counter() - started
 
     names = [first_name(id2label, label) for label in class_ids]
-    for position in range(len(pictures)) if index is None else [index]:
-        path = free_path(arguments.output_dir / f"{slug(names[position])}-seed{arguments.seed}.png")
-        save_picture(pictures[position], path, recipe(arguments, class_ids, position, names[position]))
-        print(f"{path}  {names[position]}  ({seconds / len(pictures):.2f} s)")
-    if arguments.grid:
-        path = free_path(arguments.output_dir / f"grid-seed{arguments.seed}.png")
-        save_picture(contact_sheet(pictures, names), path, {})
-        print(f"{path}  all {len(pictures)} on one sheet")
+    try:
+        for position in range(len(pictures)) if index is None else [index]:
+            path = free_path(arguments.output_dir / f"{slug(names[position])}-seed{arguments.seed}.png")
+            save_picture(pictures[position], path, recipe(arguments, class_ids, position, names[position]))
+            print(f"{path}  {names[position]}  ({seconds / len(pictures):.2f} s)")
+        if arguments.grid:
+            path = free_path(arguments.output_dir / f"grid-seed{arguments.seed}.png")
+            save_picture(contact_sheet(pictures, names), path, {})
+            print(f"{path}  all {len(pictures)} on one sheet")
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {first_line(error)}") from error
 
 
 def parse_arguments(argv):

@@ -12,8 +12,11 @@ def save_picture(picture: Image.Image, path: Path, text: dict[str, str]):
     for key, value in text.items():
         chunks.add_itxt(key, value)
     unfinished = path.with_suffix(".part")
-    picture.save(unfinished, format="PNG", pnginfo=chunks)
-    unfinished.rename(path)
+    try:
+        picture.save(unfinished, format="PNG", pnginfo=chunks)
+        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def contact_sheet(pictures: list[Image.Image], names: list[str], columns: int = 8, smallest: int = 96) -> Image.Image:

@@ -47,6 +47,14 @@ def ours_with(state_dict, **config):
     return model
 
 
+def arguments(config, batch=3):
+    """What a transformer of this config is called with: latents, timestep, class labels."""
+    generator = torch.Generator().manual_seed(1)
+    size, classes = config["sample_size"], config["num_embeds_ada_norm"]
+    latents = torch.randn(batch, config.get("in_channels", 4), size, size, generator=generator)
+    return latents, torch.tensor([999, 0, 417])[:batch], torch.tensor([classes, 0, classes - 1])[:batch]
+
+
 def embedder_count(model):
     """How many different embedders the blocks of a model use."""
     return len({id(block.norm1.emb) for block in model.transformer_blocks})
