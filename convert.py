@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 MODEL_DATA = Path(__file__).resolve().parent / "model_data"
@@ -20,34 +21,60 @@ def main(argv=None) -> int:
     arguments = parse_arguments(argv)
     started = time.perf_counter()
     try:
-        if arguments.target.exists() and not (arguments.target.is_dir() and not any(arguments.target.iterdir())):
-            raise ValueError(f"{arguments.target} is there already; name another target, or move it away")
-        if not arguments.source.exists():
-            raise ValueError(f"there is no {arguments.source}")
+        check_paths(arguments.source, arguments.target)
         (to_file if arguments.source.is_dir() else to_folder)(arguments)
     except (OSError, ValueError) as error:
-        print(f"convert.py: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     print(f"wrote {arguments.target} in {time.perf_counter() - started:.0f} s")
     return 0
 
 
+def check_paths(source, target):
+    """Raise a ValueError unless there is a source, and the target can be written and is not there yet."""
+    if not source.exists():
+        raise ValueError(f"there is no {source}")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{target} is there already; name another target, or move it away")
+    if not target.parent.is_dir():
+        raise ValueError(f"there is no folder {target.parent} to write {target.name} into")
+    if source.is_dir() and target.is_dir():
+        raise ValueError(f"{target} is a folder; name the .pt to write")
+    if source.is_file() and target.suffix in (".pt", ".pth"):
+        raise ValueError(f"{source} is a file, so the target is a folder; {target} does not look like one")
+
+
+@contextmanager
+def written_whole(target):
+    """A path to write to, which becomes `target` once all is written, and is removed if that fails."""
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        os.replace(partial, target)
+    except Exception as error:  # PyTorch and safetensors have errors of their own for a full disk
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise OSError(f"cannot write {target}: {reason}") from error
+    finally:
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+
+
 def parse_arguments(argv):
     """The command line as a namespace; argparse ends the program with status 2 where a value is wrong."""
-    parser = argparse.ArgumentParser(prog="convert.py", description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a .pt of facebookresearch/DiT, or a pipeline or transformer folder")
     parser.add_argument("target", type=Path, help="the folder or the .pt to write; it must not be there yet")
     folder = parser.add_argument_group("for a .pt into a folder")
     folder.add_argument("--vae", metavar="DIR_OR_ID", help="the VAE to put beside it: a VAE's or a pipeline's folder, or a "
                                                            "hub id; without it transformer and scheduler alone are written")
-    folder.add_argument("--weights", choices=("ema", "model"), default="ema",
+    folder.add_argument("--weights", choices=("ema", "model"),
                         help="which of a training checkpoint's two networks (default ema)")
     folder.add_argument("--heads", type=int, help="number of attention heads, where the size is none of the published")
-    folder.add_argument("--numerics", choices=("diffusers", "original"), default="diffusers",
+    folder.add_argument("--numerics", choices=("diffusers", "original"),
                         help="compute as diffusers does with these weights (default), or exactly as facebookresearch/DiT")
     folder.add_argument("--id2label", type=Path, metavar="FILE.json",
                         help="class id -> names (default: ImageNet's, where there are 1000 classes)")
+    parser.add_argument("--variant", help="for a folder into a .pt: the variant of its weights, such as fp16")
     return parser.parse_args(argv)
 
 
@@ -60,24 +87,21 @@ def to_folder(arguments):
     from nets.loading import published_scheduler
 
     quiet_diffusers()
-    state_dict = read_original(arguments.source, arguments.weights)
-    config = read_config(state_dict, arguments.heads, arguments.numerics)
+    numerics = arguments.numerics or "diffusers"
+    state_dict = read_original(arguments.source, arguments.weights or "ema")
+    config = read_config(state_dict, arguments.heads, numerics)
     transformer = from_original(state_dict, config)
     print(f"DiT of width {config['num_attention_heads'] * config['attention_head_dim']}, depth {config['num_layers']}, "
           f"{config['num_attention_heads']} heads, patch {config['patch_size']}, {config['num_embeds_ada_norm']} classes, "
           f"latents {config['in_channels']}x{config['sample_size']}x{config['sample_size']}, "
-          f"{config['out_channels']} output channels; {arguments.numerics} numerics", flush=True)
+          f"{config['out_channels']} output channels; {numerics} numerics", flush=True)
     id2label = read_labels(arguments.id2label, config["num_embeds_ada_norm"])
     vae = load_vae(arguments.vae, config["in_channels"]) if arguments.vae else None
 
     pipeline = DiTPipeline(transformer, vae, published_scheduler(), id2label)
     print("writing", flush=True)
-    partial = arguments.target.with_name(f".{arguments.target.name}.partial-{os.getpid()}")
-    try:
+    with written_whole(arguments.target) as partial:
         pipeline.save_pretrained(partial)
-        os.replace(partial, arguments.target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     if vae is None:
         print(f"no --vae was given: transformer and scheduler alone are written; put the folder of a VAE into "
               f"{arguments.target / 'vae'} before you make pictures (the published models use stabilityai/sd-vae-ft-ema)")
@@ -85,11 +109,10 @@ def to_folder(arguments):
 
 def to_file(arguments):
     """The transformer of a folder into a `.pt`."""
-    given = [f"--{name}" for name in ("vae", "heads", "id2label") if getattr(arguments, name) is not None]
+    for_folders = ("vae", "weights", "heads", "numerics", "id2label")
+    given = [f"--{name}" for name in for_folders if getattr(arguments, name) is not None]
     if given:
         raise ValueError(f"{', '.join(given)} is for a .pt into a folder; here a folder becomes a .pt")
-    if arguments.target.is_dir():
-        raise ValueError(f"{arguments.target} is a folder; name the .pt to write")
     folder = arguments.source / "transformer" if (arguments.source / "transformer").is_dir() else arguments.source
     print(f"reading {folder}", flush=True)
 
@@ -97,21 +120,17 @@ def to_file(arguments):
 
     from nets import Transformer2DModel
     from nets.checkpoint import NUMERICS, to_original
-    from nets.loading import load_exactly
+    from nets.loading import load_exactly, stored_dtype
 
     quiet_diffusers()
-    transformer = load_exactly(Transformer2DModel, folder)
+    transformer = load_exactly(Transformer2DModel, folder, dtype=stored_dtype(folder), variant=arguments.variant)
     state_dict = to_original(transformer)
     if any(transformer.config[key] != value for key, value in NUMERICS["original"].items()):
         print("note: this folder has diffusers' numerics, which a .pt does not keep: facebookresearch/DiT will compute "
               "slightly different numbers from the same weights")
     print(f"writing {sum(tensor.nbytes for tensor in state_dict.values()) / 1e9:.2f} GB", flush=True)
-    partial = arguments.target.with_name(f".{arguments.target.name}.partial-{os.getpid()}")
-    try:
+    with written_whole(arguments.target) as partial:
         torch.save(state_dict, partial)
-        os.replace(partial, arguments.target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_labels(path, classes):
@@ -120,9 +139,11 @@ def read_labels(path, classes):
         return None
     path = path or MODEL_DATA / "imagenet_id2label.json"
     try:
-        id2label = {int(key): str(names) for key, names in json.loads(path.read_text()).items()}
+        id2label = {int(key): names for key, names in json.loads(path.read_text()).items()}
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is no JSON object of class id -> names: {error}") from error
+    if not all(isinstance(names, str) for names in id2label.values()):
+        raise ValueError(f"{path} has names that are no text; a class's names stand in one text, with commas between them")
     if sorted(id2label) != list(range(classes)):
         raise ValueError(f"{path} names {len(id2label)} classes, and the checkpoint has 0 to {classes - 1}")
     return id2label
@@ -132,9 +153,13 @@ def load_vae(vae, channels):
     """The VAE of a folder or a hub id, checked to have latents of that many channels."""
     from diffusers import AutoencoderKL
 
-    from nets.loading import load_exactly
+    from nets.loading import find_folder, load_exactly, stored_dtype
 
-    model = load_exactly(AutoencoderKL, Path(vae) / "vae" if (Path(vae) / "vae").is_dir() else vae)
+    names = ("config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    folder = find_folder(vae, [*names, *(f"vae/{name}" for name in names)])
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    model = load_exactly(AutoencoderKL, folder, dtype=stored_dtype(folder))
+    model.register_to_config(_name_or_path=Path(vae).name if Path(vae).is_dir() else vae)  # no path of this machine
     if model.config.latent_channels != channels:
         raise ValueError(f"{vae} has latents of {model.config.latent_channels} channels, the checkpoint of {channels}")
     return model

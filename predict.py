@@ -17,14 +17,16 @@ MODEL_DATA = Path(__file__).resolve().parent / "model_data"
 SMALL_MODEL, XL_MODEL = "fashion-mnist-32", "DiT-XL-2-256"
 SCHEDULERS = {
     "dpm": "DPMSolverMultistepScheduler", "ddim": "DDIMScheduler", "ddpm": "DDPMScheduler",
-    "euler": "EulerDiscreteScheduler", "euler-a": "EulerAncestralDiscreteScheduler", "heun": "HeunDiscreteScheduler",
-    "unipc": "UniPCMultistepScheduler", "deis": "DEISMultistepScheduler", "lms": "LMSDiscreteScheduler",
-    "pndm": "PNDMScheduler",
+    "ddpm-learned": "DDPMScheduler", "euler": "EulerDiscreteScheduler", "euler-a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler", "unipc": "UniPCMultistepScheduler", "deis": "DEISMultistepScheduler",
+    "dpm-single": "DPMSolverSinglestepScheduler", "dpm-sde": "DPMSolverSDEScheduler", "kdpm2": "KDPM2DiscreteScheduler",
+    "kdpm2-a": "KDPM2AncestralDiscreteScheduler", "lms": "LMSDiscreteScheduler", "pndm": "PNDMScheduler",
 }
+PRESETS = {"paper": {"scheduler": "ddpm-learned", "steps": 250, "guidance_scale": 1.5, "guidance_channels": 3}}
 DTYPES = ("float32", "float16", "bfloat16")
 # The options that shape a picture: what its text chunks carry, and what --like takes from there.
 RECIPE = ("model", "steps", "guidance_scale", "seed", "scheduler", "dtype")
-RECIPE_IF_GIVEN = ("revision", "guidance_channels")
+RECIPE_IF_GIVEN = ("revision", "variant", "guidance_channels")
 
 
 class UserError(Exception):
@@ -109,6 +111,7 @@ def parse_arguments(argv):
     parser.add_argument("--model", help=f"pipeline folder or hub id (default: model_data/{XL_MODEL} if it is there, "
                                         f"else {SMALL_MODEL}, which ships)")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id, such as refs/pr/1")
+    parser.add_argument("--variant", help="variant of the weights, such as fp16")
     parser.add_argument("--steps", type=whole_number(1, 1000), default=25)
     parser.add_argument("--guidance-scale", type=finite_number, default=4.0, help="over 1 is guided (default 4)")
     parser.add_argument("--guidance-channels", type=whole_number(1, 64), metavar="N",
@@ -116,6 +119,9 @@ def parse_arguments(argv):
     parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=42, help="0 or more (default 42)")
     parser.add_argument("--scheduler", choices=SCHEDULERS, default="dpm", metavar="NAME",
                         help=f"one of {', '.join(SCHEDULERS)} (default dpm)")
+    parser.add_argument("--preset", choices=PRESETS,
+                        help="paper: the baseline that papers report, DDPM with the learned variance, 250 steps, guidance "
+                             "1.5 on 3 channels; sets --scheduler, --steps, --guidance-scale and --guidance-channels")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
@@ -127,10 +133,15 @@ def parse_arguments(argv):
                         help="make this picture again, from what is written in it; its whole call runs again, since "
                              "one generator draws the noise for all its pictures")
     arguments = parser.parse_args(argv)
+    if arguments.preset:
+        given = [option for option in PRESETS[arguments.preset] if getattr(arguments, option) != parser.get_default(option)]
+        if given:
+            parser.error(f"--preset {arguments.preset} sets {', '.join(given)}; leave it out")
+        vars(arguments).update(PRESETS[arguments.preset])
     if arguments.list_classes is not None and arguments.names:
         parser.error(f"--list-classes takes one text; {' '.join(arguments.names)!r} is too much")
     if arguments.like:
-        given = [option for option in ("names", "images_per_class", *RECIPE, *RECIPE_IF_GIVEN)
+        given = [option for option in ("names", "images_per_class", "preset", *RECIPE, *RECIPE_IF_GIVEN)
                  if getattr(arguments, option) != parser.get_default(option) and getattr(arguments, option) != []]
         if given:
             parser.error(f"--like takes {', '.join(given)} from the picture; leave it out")
@@ -167,9 +178,11 @@ def find_model(model, revision=None):
         if folder is None:
             from nets.loading import find_folder
 
-            index = find_folder(model, only_index=True, revision=revision)
+            index = find_folder(model, ["model_index.json"], revision=revision)
         config = json.loads((index / "model_index.json").read_text())
         id2label = {int(key): names for key, names in (config.get("id2label") or {}).items()}
+        if not all(isinstance(names, str) for names in id2label.values()):
+            raise ValueError("id2label in its model_index.json has names that are no text")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read model {model}: {first_line(error)}") from error
     return folder or model, id2label
@@ -225,16 +238,27 @@ def load_pipeline(folder, arguments):
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     try:
-        pipeline = DiTPipeline.from_pretrained(folder, dtype=getattr(torch, arguments.dtype), revision=arguments.revision)
+        pipeline = DiTPipeline.from_pretrained(folder, dtype=getattr(torch, arguments.dtype), revision=arguments.revision,
+                                               variant=arguments.variant)
         pipeline.to(device)
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"cannot load model {arguments.model} on {device}: {first_line(error)}") from error
-    scheduler_class = getattr(diffusers, SCHEDULERS[arguments.scheduler])
     try:
-        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+        pipeline.scheduler = make_scheduler(arguments.scheduler, pipeline.scheduler)
     except ImportError as error:  # a package that this scheduler alone needs
         raise UserError(f"--scheduler {arguments.scheduler} cannot run here: {' '.join(str(error).split())}") from error
     return pipeline, device
+
+
+def make_scheduler(name, scheduler):
+    """The scheduler of that name in SCHEDULERS, with the betas of a model's own; "ddpm-learned" is the paper's."""
+    import diffusers
+
+    from nets.scheduling import paper_scheduler
+
+    if name == "ddpm-learned":
+        return paper_scheduler(scheduler)
+    return getattr(diffusers, SCHEDULERS[name]).from_config(scheduler.config)
 
 
 def recipe(arguments, class_ids, index, name):

@@ -1,4 +1,4 @@
-"""Installs the library `nets`, and the command `dit-predict` with the small model that it uses."""
+"""Installs the library `nets`, and the commands `dit-predict` and `dit-convert` with the small model."""
 
 import re
 from pathlib import Path

@@ -5,6 +5,8 @@ copy in every block, and saves its fixed table of positions.
 """
 
 import argparse
+import pathlib
+import re
 from pathlib import Path
 
 import torch
@@ -52,19 +54,26 @@ def read_original(path: str | Path, weights: str = "ema") -> dict[str, torch.Ten
     No code in the file is run. Raises ValueError, in one line, for anything else.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # a training checkpoint's `args`; it holds values only
+        with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath]):  # of a training checkpoint's `args`
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load raises many kinds for damaged files
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path} cannot be read as weights (with weights_only=True): {reason[0]}") from error
+        refused = re.search(r"Unsupported (?:global: GLOBAL|operand|class) (\S+)", str(error))
+        reason = (f"it asks for {refused[1]}, and code in a file is not run" if refused else
+                  str(error).strip().partition("\n")[0] or type(error).__name__)
+        raise ValueError(f"{path} cannot be read as weights: {reason}") from error
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get(weights), dict):
         checkpoint = checkpoint[weights]
-    if not isinstance(checkpoint, dict) or not checkpoint or not all(map(torch.is_tensor, checkpoint.values())):
+    if not isinstance(checkpoint, dict) or not checkpoint or not all(
+            isinstance(key, str) and torch.is_tensor(tensor) and tensor.is_floating_point()
+            for key, tensor in checkpoint.items()):
         found = ", ".join(map(str, list(checkpoint)[:5])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f"{path} holds neither a state dict nor one under {weights!r}; it holds: {found or 'nothing'}")
-    return {key.removeprefix("module."): tensor for key, tensor in checkpoint.items()}
+    state_dict = {key.removeprefix("module."): tensor for key, tensor in checkpoint.items()}
+    if len(state_dict) < len(checkpoint):
+        raise ValueError(f"{path} has keys with and without the prefix 'module.', so that some are there twice")
+    return state_dict
 
 
 def read_config(state_dict: dict[str, torch.Tensor], heads: int | None = None, numerics: str = "diffusers") -> dict:
@@ -78,14 +87,14 @@ def read_config(state_dict: dict[str, torch.Tensor], heads: int | None = None, n
         classes = len(state_dict["y_embedder.embedding_table.weight"]) - 1
         out_channels = len(state_dict["final_layer.linear.bias"]) // patch**2
         side = round(state_dict["pos_embed"].shape[1] ** 0.5)
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"not a DiT as facebookresearch/DiT saves it: {error} is missing or has another shape; the keys "
                          f"begin {', '.join(list(state_dict)[:3])}") from error
-    depth = 1 + max((int(key.split(".")[1]) for key in state_dict if key.startswith("blocks.")), default=-1)
-    heads = heads or HEADS.get((dim, depth))
+    depth = len({key.split(".")[1] for key in state_dict if key.startswith("blocks.")})
+    heads = HEADS.get((dim, depth)) if heads is None else heads
     if heads is None:
         raise ValueError(f"width {dim} and depth {depth} are no published size; say how many attention heads it has")
-    if dim % heads:
+    if heads < 1 or dim % heads:
         raise ValueError(f"a width of {dim} cannot be split into {heads} heads")
     return {"num_attention_heads": heads, "attention_head_dim": dim // heads, "num_layers": depth,
             "in_channels": in_channels, "out_channels": out_channels, "patch_size": patch, "sample_size": side * patch,
@@ -128,7 +137,7 @@ def to_original(model: Transformer2DModel) -> dict[str, torch.Tensor]:
         if model.config[key] is not wanted:
             raise ValueError(f"the original cannot hold a network with {key}={model.config[key]}")
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    state_dict = {"pos_embed": model.pos_embed.pos_embed}
+    state_dict = {"pos_embed": model.pos_embed.pos_embed.to(model.dtype)}
     for key, parts in key_table(len(model.transformer_blocks)).items():
         state_dict[key] = torch.cat([parameters.pop(ours) for ours in parts]) if parts[1:] else parameters.pop(parts[0])
     assert not parameters, f"not in the key table: {', '.join(parameters)}"

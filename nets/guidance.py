@@ -18,13 +18,36 @@ def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale
     return torch.cat([guided[:, :guidance_channels], conditional[:, guidance_channels:]], dim=1)
 
 
-def predicted_noise(output: torch.Tensor, latent_channels: int) -> torch.Tensor:
-    """The noise half of an output that may carry a learned variance behind it.
+def split_variance(output: torch.Tensor, latent_channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An output of the network in its noise and its learned variance, which has no channels where none was learned.
 
-    (batch, latent_channels or twice as many, height, width) -> (batch, latent_channels, height, width).
+    (batch, latent_channels or twice as many, height, width) -> twice (batch, latent_channels or 0, height, width).
     Raises ValueError for another number of channels.
     """
     if output.shape[1] not in (latent_channels, 2 * latent_channels):
         raise ValueError(f"the network gave {output.shape[1]} channels for latents of {latent_channels}; "
                          f"expected {latent_channels}, or {2 * latent_channels} with a learned variance")
-    return output[:, :latent_channels]
+    return output[:, :latent_channels], output[:, latent_channels:]
+
+
+def noise_level(timesteps: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t), the noise in units of the signal, at (n,) timesteps in 0..T-1.
+
+    Between whole timesteps its logarithm is interpolated. Source: Karras et al. 2022 (arXiv 2206.00364), table 1.
+    """
+    log_sigmas = ((1 - alphas_cumprod) / alphas_cumprod).log() / 2  # (T,)
+    timesteps = timesteps.to(log_sigmas)
+    below = timesteps.floor().long().clamp(0, len(log_sigmas) - 2)  # (n,)
+    return torch.lerp(log_sigmas[below], log_sigmas[below + 1], timesteps - below).exp()
+
+
+def guided_steps(timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, guidance_scale: float,
+                 guidance_interval: tuple[float, float] | None = None) -> list[bool]:
+    """Whether each of (n,) timesteps is guided: the scale is over 1, and the noise level in the interval, if one is given.
+
+    Source: Kynkäänniemi et al. 2024 (arXiv 2404.07724), equation 5: guidance for sigma in (sigma_lo, sigma_hi] alone.
+    """
+    if guidance_scale <= 1 or guidance_interval is None:
+        return [guidance_scale > 1] * len(timesteps)
+    low, high = guidance_interval
+    return [low < sigma <= high for sigma in noise_level(timesteps, alphas_cumprod).tolist()]

@@ -34,19 +34,15 @@ def find_label_id(name: str, index: dict[str, dict[int, str]]) -> int:
     """One name's class id, see `find_label_ids`; `index` is from `name_index`."""
     if not isinstance(name, str):
         raise ValueError(f"class name {name!r} is not a string; the pipeline takes ids as they are")
-    choices = classes_called(name, index)
-    if len(choices) == 1:
-        return choices.pop()
-    if choices:
-        ways = " or ".join(repr(choice) for label in sorted(choices) for choice in ways_to_say(name, label, index))
-        raise ValueError(f"{name!r} stands for {len(choices)} classes; say {ways}")
-
-    called, mark, number = name.rpartition("#")
-    if mark and number.strip().isdecimal():
-        label = int(number)
-        if called.strip() and label not in classes_called(called, index):
-            raise ValueError(f"{name!r}: class {label} is not called {called.strip()!r}")
-        return label
+    meant = classes_meant(name, index)
+    if len(meant) == 1:
+        return meant.pop()
+    if meant:
+        ways = [repr(way) for label in sorted(meant) for way in ways_to_say(name, label, index)]
+        raise ValueError(f"{name!r} stands for {len(meant)} classes; say {' or '.join(ways)}")
+    called, label = split_id(name)
+    if label is not None:
+        raise ValueError(f"{name!r}: class {label} is not called {called!r}")
     if not index:
         raise ValueError(f"{name!r} is a name, but this model has no class names (no id2label in its model_index.json); "
                          "give class ids instead")
@@ -67,25 +63,48 @@ def split_names(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
-def classes_called(name: str, index: dict[str, dict[int, str]]) -> set[int]:
-    """The ids of all classes that a name, or each of several names with commas between, may mean."""
-    parts = [set(index.get(plain_form(part), ())) for part in split_names(name)]
-    found = set.intersection(*parts) if parts else set()
-    return found | {int(name)} if name.strip().isdecimal() else found
+def split_id(name: str) -> tuple[str, int | None]:
+    """`crane#134` -> ("crane", 134); what has no id behind it -> (itself, None)."""
+    called, mark, number = name.rpartition("#")
+    return (called.strip(), int(number)) if mark and number.strip().isdecimal() else (name, None)
+
+
+def classes_meant(name: str, index: dict[str, dict[int, str]]) -> set[int]:
+    """The ids of all classes that a name may mean: by name, as a number, or as a name with its id."""
+    called, label = split_id(name)
+    if label is not None and not called:
+        return {label}
+    meant = classes_called(name, index)
+    if name.strip().isdecimal():
+        meant.add(int(name))
+    if label in classes_called(called, index):
+        meant.add(label)
+    return meant
+
+
+def classes_called(names: str, index: dict[str, dict[int, str]]) -> set[int]:
+    """The ids of the classes that have a name, or all of several names with commas between."""
+    having = [set(index.get(plain_form(name), ())) for name in split_names(names)]
+    return set.intersection(*having) if having else set()
+
+
+def spelling(name: str, label: int, index: dict[str, dict[int, str]]) -> str:
+    """The shortest way to say a class by one of its names that means it alone: `goldfish`, `crane#134`, `#134`."""
+    return next(way for way in (name, f"{name}#{label}", f"#{label}") if classes_meant(way, index) == {label})
 
 
 def ways_to_say(name: str, label: int, index: dict[str, dict[int, str]]) -> list[str]:
-    """Spellings that mean the class `label` alone: the name with its id, and a synonym that no other class has."""
-    marked = f"{name.strip()}#{label}" if label in index.get(plain_form(name), ()) else f"#{label}"
+    """Spellings that mean the class `label` alone: of this name, and of a synonym that no other class has, if there is."""
     synonyms = (ids[label] for ids in index.values() if label in ids)
-    return [marked, *(synonym for synonym in synonyms if classes_called(synonym, index) == {label})][:2]
+    return [spelling(name.strip(), label, index),
+            *(synonym for synonym in synonyms if classes_meant(synonym, index) == {label})][:2]
 
 
 def spellings(id2label: dict | None) -> dict[int, list[str]]:
     """id -> for each name of the class the spelling that means it alone: `crane#134` where others have that name too."""
     index = name_index(id2label)
-    return {int(key): [name if classes_called(name, index) == {int(key)} else f"{name}#{key}"
-                       for name in split_names(names)] for key, names in (id2label or {}).items()}
+    return {int(key): [spelling(name, int(key), index) for name in split_names(names)]
+            for key, names in (id2label or {}).items()}
 
 
 def nearest_names(name: str, index: dict[str, dict[int, str]], count: int = 5) -> list[str]:

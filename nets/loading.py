@@ -8,8 +8,10 @@ import json
 from pathlib import Path
 
 import diffusers
+import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.model_loading_utils import load_state_dict
 from huggingface_hub import snapshot_download
 
 from nets.transformer_2d import Transformer2DModel
@@ -20,19 +22,17 @@ READING_ARGUMENTS = ("use_safetensors", "low_cpu_mem_usage", "disable_mmap")
 CLASS_ON_DISK = {"transformer": ("diffusers", "DiTTransformer2DModel"), "vae": ("diffusers", "AutoencoderKL")}
 
 
-def find_folder(model: str | Path, only_index: bool = False, **hub_arguments) -> Path:
-    """The pipeline folder `model`, or the local copy of a hub id, downloaded if need be: all of it, or `model_index.json`.
+def find_folder(model: str | Path, files: list[str] | None = None, **hub_arguments) -> Path:
+    """The folder `model`, or the local copy of a hub id, downloaded if need be: of a pipeline, or of just those `files`.
 
     Raises OSError, in one line, if there is no such folder and the hub does not give one.
     """
     if Path(model).is_dir():
         return Path(model)
     try:
-        if only_index:
-            named = {key: hub_arguments[key] for key in ("revision", "cache_dir", "token", "local_files_only")
-                     if key in hub_arguments}
-            return Path(snapshot_download(str(model), allow_patterns="model_index.json", **named))
-        return Path(DiffusionPipeline.download(str(model), **hub_arguments))
+        if files is None:
+            return Path(DiffusionPipeline.download(str(model), **hub_arguments))
+        return Path(snapshot_download(str(model), allow_patterns=files, **hub_arguments))
     except Exception as error:  # whatever the hub's libraries raise without a network, a repository or the rights to it
         cause = str(error.__cause__ or error).strip() or type(error).__name__
         raise OSError(f"{model} (revision {hub_arguments.get('revision') or 'main'}) is no folder here, and could not be "
@@ -43,20 +43,27 @@ def find_folder(model: str | Path, only_index: bool = False, **hub_arguments) ->
 def load_parts(folder: Path, **kwargs) -> dict:
     """Load those of a pipeline's networks that `kwargs`, the arguments of its `from_pretrained`, do not bring along.
 
-    Raises OSError or ValueError, in one line, where files are missing or damaged or belong to another network.
+    A part that the folder neither names nor has is None. Raises OSError or ValueError, in one line, where files are missing
+    or damaged or belong to another network.
     """
-    return {name: load_part(folder, name, **kwargs) for name in CLASS_ON_DISK if name not in kwargs}
-
-
-def load_part(folder: Path, name: str, variant: str | None = None, **kwargs):
-    """One of a folder's networks; `variant` if this part has it, else the part as it is there."""
     index = DiffusionPipeline.load_config(folder)
+    if not isinstance(index, dict):
+        raise ValueError(f"{folder / 'model_index.json'} is no JSON object")
+    return {name: load_part(folder, name, index.get(name), **kwargs) for name in CLASS_ON_DISK if name not in kwargs}
+
+
+def load_part(folder: Path, name: str, named: list | None, variant: str | None = None, **kwargs) -> ModelMixin | None:
+    """One of a folder's networks, `named` [library, class]; `variant` if this part has it, else the part as it is there."""
+    library, class_name = named or (None, None)
+    if class_name is None and not (folder / name).is_dir():
+        return None
+    library, class_name = (library, class_name) if class_name else CLASS_ON_DISK[name]
+    part_class = Transformer2DModel if name == "transformer" else getattr(diffusers, class_name, None)
+    if library != "diffusers" or not isinstance(part_class, type) or not issubclass(part_class, ModelMixin):
+        raise ValueError(f"{folder / 'model_index.json'} wants {class_name} of {library} for {name}; that is no network of "
+                         "diffusers")
     if not (folder / name).is_dir():
         raise OSError(f"{folder} has no folder {name}/; put it there, or pass {name}=... to from_pretrained")
-    library, class_name = index.get(name, CLASS_ON_DISK[name])
-    part_class = Transformer2DModel if name == "transformer" else getattr(diffusers, class_name, None)
-    if library != "diffusers" or part_class is None:
-        raise ValueError(f"{folder / 'model_index.json'} wants {class_name} of {library} for {name}; only diffusers' work")
     has_variant = variant and any(f".{variant}." in file.name or f".{variant}-" in file.name
                                   for file in (folder / name).iterdir())
     dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
@@ -66,14 +73,16 @@ def load_part(folder: Path, name: str, variant: str | None = None, **kwargs):
     return load_exactly(part_class, folder / name, dtype=dtype, variant=variant if has_variant else None, **chosen)
 
 
-def load_exactly(model_class: type[ModelMixin], folder: Path | str, **kwargs) -> ModelMixin:
+def load_exactly(model_class: type[ModelMixin], folder: Path, **kwargs) -> ModelMixin:
     """`model_class.from_pretrained(folder, **kwargs)`, where diffusers would warn and go on with random weights an error.
 
     Raises OSError or ValueError, in one line.
     """
+    if not any(folder.glob("*.safetensors*")) and any(folder.glob("*.bin*")):
+        kwargs["use_safetensors"] = False  # else diffusers complains of the files it did not find before it takes these
     try:
         model, info = model_class.from_pretrained(str(folder), output_loading_info=True, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise (OSError if isinstance(error, OSError) else ValueError)(f"{folder}: {' '.join(lines[:2])}") from error
     wrong = [key for kind in ("missing_keys", "unexpected_keys") for key in info[kind]]
@@ -81,6 +90,12 @@ def load_exactly(model_class: type[ModelMixin], folder: Path | str, **kwargs) ->
         raise ValueError(f"{folder}: these are not the weights of this network: {len(wrong)} missing or unknown: "
                          f"{', '.join(wrong[:3])}{', ...' if wrong[3:] else ''}")
     return model
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype in which a network's folder keeps its weights; None if it has no weights."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return next((tensor.dtype for file in files for tensor in load_state_dict(str(file)).values()), None)
 
 
 def published_scheduler() -> DDIMScheduler:

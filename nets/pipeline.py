@@ -4,20 +4,30 @@ Mirrors `DiTPipeline` of diffusers 0.42: its signature, defaults and pictures. T
 is section 3.1, "Diffusion formulation" and "Classifier-free guidance".
 """
 
-import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+)
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
-from nets.guidance import guide, predicted_noise
-from nets.labels import check_class_id, check_class_ids, find_label_ids, label_table
+from nets.guidance import guide, guided_steps, split_variance
+from nets.labels import check_class_ids, find_label_ids, label_table
 from nets.loading import CLASS_ON_DISK, find_folder, leave_out_defaults, load_parts
+from nets.scheduling import learns_variance, require_schedule, set_timesteps, step_arguments
 from nets.transformer_2d import Transformer2DModel
 
+VAE = AutoencoderKL | AutoencoderTiny | AsymmetricAutoencoderKL
 CONDITIONING_BYTES = 256 * 2**20  # how much of the steps' conditioning is computed at a time
 
 
@@ -29,8 +39,9 @@ class DiTPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, transformer: Transformer2DModel | DiTTransformer2DModel, vae: AutoencoderKL,
+    def __init__(self, transformer: Transformer2DModel | DiTTransformer2DModel, vae: VAE,
                  scheduler: KarrasDiffusionSchedulers, id2label: dict | None = None):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
@@ -49,12 +60,9 @@ class DiTPipeline(DiffusionPipeline):
         return super().from_pretrained(folder, **{**kwargs, **parts})
 
     def save_config(self, save_directory, **kwargs):
-        """Write `model_index.json`, in which the transformer has the name under which diffusers knows it.
-
-        A VAE that is not there is named as well: put into the folder later, it is found.
-        """
-        missing = {name: on_disk for name, on_disk in CLASS_ON_DISK.items() if getattr(self, name) is None}
-        self.register_to_config(**{**missing, "transformer": CLASS_ON_DISK["transformer"]})
+        """Write `model_index.json`, in which the transformer has the name under which diffusers knows it."""
+        if self.transformer is not None:
+            self.register_to_config(transformer=CLASS_ON_DISK["transformer"])
         super().save_config(save_directory, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -67,8 +75,7 @@ class DiTPipeline(DiffusionPipeline):
 
         Raises ValueError for a name that the model does not know, or that it knows for several classes.
         """
-        label_ids = find_label_ids(label, self.config.id2label)
-        return [check_class_id(label_id, self.transformer.config.num_embeds_ada_norm) for label_id in label_ids]
+        return find_label_ids(label, self.config.id2label)
 
     @torch.no_grad()
     def __call__(
@@ -80,75 +87,142 @@ class DiTPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         *,
+        num_images_per_label: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        latents: torch.Tensor | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        eta: float = 0.0,
         guidance_channels: int | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
-        """Make one picture for each class id.
+        """Make `num_images_per_label` pictures for each class id.
 
-        Args: `class_labels`, ids in 0..num_embeds_ada_norm, the last one meaning no class; `guidance_scale`, guided if
-        over 1; `generator`, for the noise; `output_type`: "pil", "np" (batch, height, width, 3) float32 in 0..1, or "pt"
-        (batch, 3, height, width) in 0..1; `guidance_channels`, how many of the latent channels are guided: all by default,
-        the first 3 in facebookresearch/DiT.
+        Args: `class_labels`, ids in 0..num_embeds_ada_norm, the last one meaning no class. `guidance_scale`, guided if over
+        1. `generator`, of all noise: one for the call, or a list of one a picture, which then depends on its own alone.
+        `output_type`: "pil", "np" (batch, height, width, 3) float32 in 0..1, "pt" (batch, 3, height, width) in 0..1, or
+        "latent" (batch, channels, height, width) as the denoising ends.
+        `height` and `width` in pixels, the trained size by default. `latents`, the initial noise of variance 1 in place of
+        the generator's. `timesteps` or `sigmas`, in place of `num_inference_steps`, and `eta`, DDIM's share of fresh noise
+        in 0..1, where the scheduler takes them. `guidance_channels`, how many of the latent channels are guided: all by
+        default, the first 3 in facebookresearch/DiT. `guidance_interval`, the (lowest, highest) noise level sigma that is
+        guided; outside it the conditional half alone is computed. `callback_on_step_end(pipeline, step, timestep,
+        {"latents": latents})` after each step; latents in the dictionary that it returns are gone on with.
         Returns an output whose `images` are the pictures, or with `return_dict=False` a 1-tuple of them.
-        Raises ValueError or TypeError for wrong ids, an unknown output type, a wrong number of channels, or a missing VAE,
-        before any work.
+        Raises ValueError or TypeError, in one line and before any work, for an argument that is wrong or does not fit.
         """
         class_ids = check_class_ids(class_labels, self.transformer.config.num_embeds_ada_norm)
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type={output_type!r} is not supported; use 'pil', 'np' or 'pt'")
-        if self.vae is None:
-            raise ValueError("this pipeline has no VAE to decode with; load it with vae=...")
-        latent_channels = self.transformer.config.in_channels
-        if guidance_channels is not None and not 1 <= guidance_channels <= latent_channels:
-            raise ValueError(f"guidance_channels={guidance_channels!r} is not in 1..{latent_channels}")
-        guided = guidance_scale > 1
+        class_ids = [class_id for class_id in class_ids for _ in range(num_images_per_label)]
+        shape = self.latents_shape(len(class_ids), height, width)
+        self.check_call(shape, generator, output_type, latents, guidance_channels, guidance_interval,
+                        callback_on_step_end_tensor_inputs)
+        timesteps = set_timesteps(self.scheduler, num_inference_steps, timesteps, sigmas)
+        guided = guided_steps(timesteps, self.scheduler.alphas_cumprod, guidance_scale, guidance_interval)
 
-        latents = self.initial_noise(len(class_ids), generator, num_inference_steps)  # (batch, channels, height, width)
-        step_arguments = self.step_arguments(generator)
-        timesteps = self.scheduler.timesteps
-        for timestep, conditioning in zip(self.progress_bar(timesteps), self.conditionings(class_ids, guided, timesteps)):
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.transformer.dtype)
+        latents = latents.to(self._execution_device, self.transformer.dtype) * self.scheduler.init_noise_sigma
+        arguments = step_arguments(self.scheduler, len(class_ids), generator, eta)
+
+        steps = zip(self.progress_bar(timesteps), guided, self.conditionings(class_ids, guided, timesteps))
+        for step, (timestep, is_guided, conditioning) in enumerate(steps):
             latent_input = self.scheduler.scale_model_input(latents, timestep)  # (batch, channels, height, width)
-            if guided:
+            latent_input = latent_input.to(self.transformer.dtype)
+            if is_guided:
                 latent_input = torch.cat([latent_input, latent_input])  # (2 * batch, channels, height, width)
-            output = self.transformer(latent_input, **conditioning).sample  # noise, and perhaps variance
-            noise = predicted_noise(output, latents.shape[1])
-            if guided:
-                noise = guide(*noise.chunk(2), guidance_scale, guidance_channels)  # (batch, channels, height, width)
-            latents = self.scheduler.step(noise, timestep, latents, **step_arguments).prev_sample
+            with self.cache_context("guided" if is_guided else "conditional"):
+                output = self.transformer(latent_input, **conditioning).sample  # noise, and perhaps variance
+            prediction, variance = split_variance(output, latents.shape[1])
+            if is_guided:
+                prediction = guide(*prediction.chunk(2), guidance_scale, guidance_channels)
+                variance, _ = variance.chunk(2)
+            if learns_variance(self.scheduler):
+                prediction = torch.cat([prediction, variance], dim=1)  # (batch, 2 * channels, height, width)
+            latents = self.scheduler.step(prediction, timestep, latents, **arguments).prev_sample
+            if callback_on_step_end is not None:
+                changes = callback_on_step_end(self, step, timestep, {"latents": latents})
+                latents = (changes or {}).get("latents", latents)
 
-        images = self.decode(latents)  # (batch, 3, height, width) in 0..1
-        if output_type != "pt":
+        images = latents if output_type == "latent" else self.decode(latents)  # (batch, 3, height, width) in 0..1
+        if output_type in ("np", "pil"):
             images = images.cpu().permute(0, 2, 3, 1).float().numpy()  # (batch, height, width, 3)
         if output_type == "pil":
             images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def initial_noise(self, batch_size: int, generator, num_inference_steps: int) -> torch.Tensor:
-        """Set the scheduler's timesteps and draw x_T, (batch, channels, height, width), at its standard deviation."""
-        config = self.transformer.config
-        shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
-        noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.transformer.dtype)
-        self.scheduler.set_timesteps(num_inference_steps)
-        return noise * self.scheduler.init_noise_sigma
+    @property
+    def vae_scale_factor(self) -> int:
+        """How many pixels a latent is high and wide; 8 in the published models."""
+        config = self.vae.config if self.vae is not None else {}
+        return 2 ** (len(config.get("block_out_channels") or config.get("decoder_block_out_channels") or [0] * 4) - 1)
 
-    def step_arguments(self, generator) -> dict:
-        """The generator, for those schedulers whose `step` draws noise."""
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        return {"generator": generator} if takes_generator else {}
+    def latents_shape(self, batch_size: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+        """(batch, channels, height, width) of the latents of pictures of that many pixels, the trained size by default.
 
-    def conditionings(self, class_ids: list[int], guided: bool, timesteps: torch.Tensor) -> Iterator[dict]:
+        Raises ValueError for sizes that are no multiple of a patch's.
+        """
+        config, sizes = self.transformer.config, []
+        for name, pixels in (("height", height), ("width", width)):
+            size = config.sample_size if pixels is None else pixels / self.vae_scale_factor
+            if size < 1 or size % config.patch_size:
+                patch = self.vae_scale_factor * config.patch_size
+                raise ValueError(f"{name}={pixels} is not a multiple of {patch} pixels, the size of one patch")
+            sizes.append(int(size))
+        return batch_size, config.in_channels, *sizes
+
+    def check_call(self, shape: tuple[int, int, int, int], generator, output_type: str, latents: torch.Tensor | None,
+                   guidance_channels: int | None, guidance_interval: tuple[float, float] | None, tensor_inputs: list[str]):
+        """Raise a ValueError, in one line, for arguments of a call that do not fit it or this pipeline."""
+        if shape[0] < 1:
+            raise ValueError("num_images_per_label must be 1 or more")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r} is not supported; use 'pil', 'np', 'pt' or 'latent'")
+        if output_type != "latent":
+            self.check_vae(shape[1])
+        require_schedule(self.scheduler, self.transformer.config.out_channels or shape[1], shape[1])
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators were given for {shape[0]} pictures")
+        if latents is not None and latents.shape != shape:
+            raise ValueError(f"latents are {tuple(latents.shape)}; for these pictures they must be {shape}")
+        if guidance_channels is not None and guidance_channels not in range(1, shape[1] + 1):
+            raise ValueError(f"guidance_channels={guidance_channels!r} is not in 1..{shape[1]}")
+        if guidance_interval is not None and not 0 <= guidance_interval[0] < guidance_interval[1]:
+            raise ValueError(f"guidance_interval={guidance_interval!r} is not (lower, higher) sigma, 0 or more")
+        if list(tensor_inputs) != ["latents"]:
+            raise ValueError(f"callback_on_step_end_tensor_inputs={tensor_inputs!r}: this pipeline has ['latents']")
+
+    def check_vae(self, latent_channels: int):
+        """Raise a ValueError, in one line, unless there is a VAE that decodes latents of that many channels."""
+        if self.vae is None:
+            raise ValueError("this pipeline has no VAE to decode with; load it with vae=..., or use output_type='latent'")
+        decoded = self.vae.config.get("latent_channels")
+        if decoded != latent_channels or "scaling_factor" not in self.vae.config:
+            raise ValueError(f"the VAE, {type(self.vae).__name__}, does not fit: it decodes latents of {decoded} channels, "
+                             f"the transformer makes {latent_channels}")
+
+    def cache_context(self, name: str):
+        """The context in which a cache of the transformer keeps what it knows of calls of this kind."""
+        return self.transformer.cache_context(name) if hasattr(self.transformer, "cache_context") else nullcontext()
+
+    def conditionings(self, class_ids: list[int], guided: list[bool], timesteps: torch.Tensor) -> Iterator[dict]:
         """What the network is told at each step, as its keyword arguments, computed ahead in chunks of bounded memory.
 
         Each distinct class, and with guidance the null class behind the batch, passes through the conditioning tower once
         a step. diffusers' own transformer, which has no such tower, gets the timestep and the classes.
         """
-        if guided:
-            class_ids = class_ids + [self.transformer.config.num_embeds_ada_norm] * len(class_ids)
+        batch = len(class_ids)
+        if any(guided):
+            class_ids = class_ids + [self.transformer.config.num_embeds_ada_norm] * batch
         device = self._execution_device
         if not hasattr(self.transformer, "condition"):
             class_labels = torch.tensor(class_ids, device=device)
-            for timestep in timesteps:
-                yield {"timestep": timestep.to(device).expand(len(class_ids)), "class_labels": class_labels}
+            for timestep, is_guided in zip(timesteps, guided):
+                labels = class_labels if is_guided else class_labels[:batch]
+                yield {"timestep": timestep.to(device).expand(len(labels)), "class_labels": labels}
             return
 
         distinct, rows = torch.tensor(class_ids).unique(return_inverse=True)  # (classes,), (batch or 2 * batch,)
@@ -157,15 +231,17 @@ class DiTPipeline(DiffusionPipeline):
         floats_a_class = (6 * len(self.transformer.transformer_blocks) + 2) * tower.shape[1]
         chunk = max(1, CONDITIONING_BYTES // (len(distinct) * floats_a_class * tower.element_size()))
         rows, distinct = rows.to(device), distinct.to(tower_device)
-        for part in timesteps.to(tower_device).split(chunk):
+        guided = iter(guided)
+        for part in timesteps.float().to(tower_device).split(chunk):
             conditioning = self.transformer.condition(part.repeat_interleave(len(distinct)), distinct.repeat(len(part)))
             conditioning = type(conditioning)(*(tensor.to(device) for tensor in conditioning))
             for step in range(len(part)):
-                yield {"conditioning": conditioning.rows(rows + step * len(distinct))}
+                wanted = rows if next(guided) else rows[:batch]
+                yield {"conditioning": conditioning.rows(wanted + step * len(distinct))}
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (batch, channels, height, width) to pictures (batch, 3, 8 * height, 8 * width) in 0..1."""
-        latents = 1 / self.vae.config.scaling_factor * latents
+        latents = 1 / self.vae.config.scaling_factor * latents + (self.vae.config.get("shift_factor") or 0)
         # Channels last through the whole decoder: on a CPU the convolutions then need no copies in another layout.
         latents = latents.to(self.vae.dtype, memory_format=torch.channels_last)
         samples = self.vae.decode(latents).sample

@@ -153,8 +153,9 @@ def test_another_size_needs_a_number_of_heads_that_fits():
     weights = original_state_dict(64, 1)
     with pytest.raises(ValueError, match="width 64 and depth 1 are no published size"):
         read_config(weights)
-    with pytest.raises(ValueError, match="64 cannot be split into 5 heads"):
-        read_config(weights, heads=5)
+    for heads in (5, 0, -4):
+        with pytest.raises(ValueError, match=f"64 cannot be split into {heads} heads"):
+            read_config(weights, heads=heads)
 
 
 @pytest.mark.parametrize("spoil, message", [
@@ -162,6 +163,8 @@ def test_another_size_needs_a_number_of_heads_that_fits():
     (lambda weights: weights.update(extra=torch.zeros(1)), r"network: 1 unknown: extra$"),
     (lambda weights: weights.update({"blocks.0.attn.qkv.bias": torch.zeros(9)}), r"qkv\.bias \(9,\) instead of \(192,\)$"),
     (lambda weights: weights["pos_embed"].add_(0.01), "pos_embed is not the fixed table"),
+    (lambda weights: weights.update({"blocks.x.attn": torch.zeros(1)}), r"; 1 unknown: blocks\.x\.attn$"),
+    (lambda weights: weights.update({"blocks.300000.attn": torch.zeros(1)}), r"1 unknown: blocks\.300000\.attn$"),
 ])
 def test_every_key_is_used_and_every_parameter_filled_or_the_difference_named(spoil, message):
     weights = original_state_dict(64, 2)
@@ -183,14 +186,14 @@ def test_what_is_no_dit_is_refused_in_one_line(key):
 def test_half_precision_comes_back_bit_equal():
     weights = {key: tensor.bfloat16() for key, tensor in original_state_dict(64, 1).items()}
     again = to_original(from_original(weights, read_config(weights, heads=4)))
-    assert all(torch.equal(again[key].to(tensor.dtype), tensor) for key, tensor in weights.items())
-    assert {tensor.dtype for key, tensor in again.items() if key != "pos_embed"} == {torch.bfloat16}
+    assert all(tensor.dtype == torch.bfloat16 and torch.equal(again[key], tensor) for key, tensor in weights.items())
 
 
 @pytest.mark.parametrize("weights, which", [("ema", 2.0), ("model", 1.0)])
 def test_a_training_checkpoint_gives_the_network_that_was_asked_for(weights, which, tmp_path):
+    settings = argparse.Namespace(model="DiT-XL/2", image_size=256, results_dir=tmp_path)
     torch.save({"model": {"module.a": torch.ones(2)}, "ema": {"a": torch.full((2,), 2.0)}, "opt": {"state": {}},
-                "args": argparse.Namespace(model="DiT-XL/2", image_size=256)}, tmp_path / "0000100.pt")
+                "args": settings}, tmp_path / "0000100.pt")
     assert read_original(tmp_path / "0000100.pt", weights)["a"].tolist() == [which, which]
 
 
@@ -200,12 +203,20 @@ class RunsCode:
 
 
 @pytest.mark.parametrize("content", [{"a": RunsCode()}, {"ema": {"a": RunsCode()}}, [torch.zeros(1)], {}, {"a": 1},
-                                     torch.nn.Linear(1, 1)], ids=lambda content: type(content).__name__)
+                                     torch.nn.Linear(1, 1), {0: torch.zeros(1)}, {"a": torch.zeros(1, dtype=torch.int64)},
+                                     {"a": torch.zeros(1), "module.a": torch.zeros(1)}], ids=str)
 def test_a_file_of_something_else_is_refused_in_one_line_and_its_code_not_run(content, tmp_path, capsys):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"x\.pt") as error:
         read_original(tmp_path / "x.pt")
-    assert "\n" not in str(error.value) and "code of the file ran" not in capsys.readouterr().out
+    assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
+    assert "code of the file ran" not in capsys.readouterr().out
+
+
+def test_a_file_that_would_run_code_is_refused_by_the_name_of_what_it_asks_for(tmp_path):
+    torch.save({"a": RunsCode()}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"it asks for print, and code in a file is not run$"):
+        read_original(tmp_path / "x.pt")
 
 
 def test_a_network_that_the_original_cannot_hold_is_refused():

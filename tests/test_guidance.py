@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-from nets.guidance import guide, predicted_noise
+from nets.guidance import guide, split_variance
 
 
 def recorded_step(monkeypatch, out_channels, guidance_scale):
@@ -31,14 +31,14 @@ def recorded_step(monkeypatch, out_channels, guidance_scale):
 @pytest.mark.parametrize("guidance_scale", [1.5, 4.0])
 def test_guided_noise_equals_what_upstream_gives_its_scheduler(monkeypatch, out_channels, guidance_scale):
     output, stepped = recorded_step(monkeypatch, out_channels, guidance_scale)
-    conditional, unconditional = predicted_noise(output, 4).chunk(2)
+    conditional, unconditional = split_variance(output, 4)[0].chunk(2)
     assert torch.equal(guide(conditional, unconditional, guidance_scale), stepped[:2])
 
 
 @pytest.mark.parametrize("out_channels", [4, 8])
 def test_unguided_noise_equals_what_upstream_gives_its_scheduler(monkeypatch, out_channels):
     output, stepped = recorded_step(monkeypatch, out_channels, 1.0)
-    assert torch.equal(predicted_noise(output, 4), stepped)
+    assert torch.equal(split_variance(output, 4)[0], stepped)
 
 
 def test_scale_one_is_the_conditional_and_scale_zero_the_unconditional_prediction():
@@ -76,5 +76,5 @@ def test_guidance_keeps_the_dtype(dtype):
 @pytest.mark.parametrize("channels", [1, 3, 5, 7, 9, 12])
 def test_another_number_of_channels_is_refused_in_one_line(channels):
     with pytest.raises(ValueError, match=rf"gave {channels} channels for latents of 4; expected 4, or 8 .*$") as error:
-        predicted_noise(torch.zeros(1, channels, 2, 2), 4)
+        split_variance(torch.zeros(1, channels, 2, 2), 4)
     assert "\n" not in str(error.value)

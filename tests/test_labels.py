@@ -91,6 +91,19 @@ def test_a_name_may_contain_the_mark():
     assert find_label_ids(["C#", "track #5"], {0: "C#", 1: "track #5"}) == [0, 1]
 
 
+@pytest.mark.parametrize("id2label", [{0: "track #5", 1: "track", 5: "track"}, {0: "#5", 5: "five"}, {0: "a", 1: "a#0"},
+                                      {0: "1", 1: "0"}, {0: "a, a", 1: "A"}], ids=str)
+def test_every_spelling_that_is_offered_means_that_class(id2label):
+    for label, said in spellings(id2label).items():
+        assert find_label_ids(said, id2label) == [label] * len(said)
+    for name in [name for names in id2label.values() for name in names.split(",")]:
+        try:
+            find_label_ids(name, id2label)
+        except ValueError as error:
+            offered = re.findall(r"'([^']+)'", str(error).partition("say ")[2])
+            assert len(set(find_label_ids(offered, id2label))) == 2
+
+
 @pytest.mark.parametrize("name, label", [("white shark", 1), ("WHITE SHARK", 1), ("white_shark", 1), ("White-Shark", 1),
                                          ("whiteshark", 1), (" tench ", 0), ("Polar Bear", 2), ("tinca_tinca", 0)])
 def test_case_spaces_underscores_and_hyphens_do_not_matter(name, label):

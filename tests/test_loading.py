@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_MODEL, TINY, fill, tiny_unet, tiny_vae, upstream_model
+from conftest import ROOT, SMALL_MODEL, TINY, fill, tiny_unet, tiny_vae, upstream_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -46,7 +48,9 @@ def make_legacy(folder):
     torch.save(weights, folder / "vae/diffusion_pytorch_model.bin")
 
 
-FORMATS = {"legacy .bin": dict(safe_serialization=False), "safetensors": {}, "sharded": dict(max_shard_size="50KB"),
+FORMATS = {"legacy .bin": dict(safe_serialization=False), "safetensors": {},
+           "sharded .bin": dict(safe_serialization=False, max_shard_size="50KB"),
+           "sharded": dict(max_shard_size="50KB"),
            "fp16 variant": dict(variant="fp16")}
 
 
@@ -89,7 +93,7 @@ def test_nothing_is_lost_on_the_way_through_the_other_library(order, kind, tmp_p
         pipeline = load(library, save(pipeline, tmp_path / f"{number}", kind), kind)
         assert type(pipeline.transformer).__module__.startswith("nets" if library is DiTPipeline else "diffusers")
         seen.append((contents(pipeline), pictures(pipeline.to(torch.float32), guidance_scale=1)))
-    assert len(list((tmp_path / "1/transformer").iterdir())) == (2 if kind != "sharded" else 8)
+    assert len(list((tmp_path / "1/transformer").iterdir())) == (8 if kind.startswith("sharded") else 2)
     for (configs, weights, labels), picture in seen:
         (first_configs, first_weights, first_labels), first_picture = seen[0]
         assert configs == first_configs and labels == first_labels and len(labels) == 20
@@ -98,6 +102,13 @@ def test_nothing_is_lost_on_the_way_through_the_other_library(order, kind, tmp_p
             assert all(torch.equal(tensor, first_weights[part][key]) for key, tensor in weights[part].items())
         assert np.abs(picture - first_picture).max() < 1e-5  # layout of the decoder's convolutions
     assert np.array_equal(seen[2][1], seen[0][1])
+
+
+def test_loading_bin_weights_complains_of_nothing(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path, safe_serialization=False)
+    program = f"from nets import DiTPipeline; DiTPipeline.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "error" not in done.stderr.lower()
 
 
 def test_a_variant_is_taken_by_the_parts_that_have_it(pipeline, tmp_path):
@@ -136,6 +147,9 @@ DAMAGE = {
     "a broken config": (lambda folder: (folder / "transformer/config.json").write_text("{"), "config"),
     "no scheduler": (lambda folder: shutil.rmtree(folder / "scheduler"), "scheduler"),
     "no index": (lambda folder: (folder / "model_index.json").unlink(), "model_index.json"),
+    "no class for the vae": (lambda folder: edit_config(folder / "model_index.json", vae=["diffusers", "utils"]), "utils"),
+    "a list for an index": (lambda folder: (folder / "model_index.json").write_text("[]"), "no JSON object"),
+    "a wrong type": (lambda folder: edit_config(folder / "transformer/config.json", num_layers="two"), "transformer: "),
     "an unknown vae": (lambda folder: edit_config(folder / "model_index.json", vae=["diffusers", "NoSuch"]), "NoSuch"),
 }
 
@@ -163,11 +177,11 @@ def test_a_bin_file_that_would_run_code_is_refused_and_its_code_not_run(part, pi
     assert "\n" not in str(error.value).strip() and "code of the file ran" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("only_index", [True, False])
-def test_without_a_network_a_hub_id_ends_in_one_line_that_says_what_was_tried(only_index, monkeypatch, tmp_path):
+@pytest.mark.parametrize("files", [["model_index.json"], None])
+def test_without_a_network_a_hub_id_ends_in_one_line_that_says_what_was_tried(files, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=r"^facebook/DiT-XL-2-256 \(revision refs/pr/1\).*model_data/README\.md$") as error:
-        find_folder("facebook/DiT-XL-2-256", only_index, revision="refs/pr/1", cache_dir=tmp_path)
+        find_folder("facebook/DiT-XL-2-256", files, revision="refs/pr/1", cache_dir=tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -188,7 +202,9 @@ def test_loading_honours_the_dtype_of_each_part(pipeline, tmp_path):
 TIMESTEPS = {"DPMSolverMultistepScheduler": (999, 40), "DDIMScheduler": (960, 0), "DDPMScheduler": (960, 0),
              "EulerDiscreteScheduler": (999, 0), "EulerAncestralDiscreteScheduler": (999, 0),
              "HeunDiscreteScheduler": (999, 0), "UniPCMultistepScheduler": (999, 40),
-             "DEISMultistepScheduler": (999, 40), "LMSDiscreteScheduler": (999, 0), "PNDMScheduler": (960, 0)}
+             "DEISMultistepScheduler": (999, 40), "LMSDiscreteScheduler": (999, 0), "PNDMScheduler": (960, 0),
+             "DPMSolverSinglestepScheduler": (999, 40), "DPMSolverSDEScheduler": (999, 0),
+             "KDPM2DiscreteScheduler": (999, 0), "KDPM2AncestralDiscreteScheduler": (999, 0)}
 
 
 @pytest.mark.parametrize("resaved", [False, True], ids=["as shipped", "saved again"])

@@ -1,0 +1,69 @@
+"""What a pipeline asks of a scheduler, so that every scheduler of diffusers for epsilon-predicting models works.
+
+Each scheduler class takes its own arguments; here the pipeline's are handed to those that understand them, and refused, by
+the scheduler's name, where they would be lost.
+"""
+
+import inspect
+
+import torch
+from diffusers import DDPMScheduler, SchedulerMixin
+
+# The sampling that the DiT paper reports (section 4; improved diffusion's ancestral sampler): keyword arguments of the
+# pipeline's call, to go with `paper_scheduler`.
+PAPER_SAMPLING = {"num_inference_steps": 250, "guidance_scale": 1.5, "guidance_channels": 3}
+
+
+def paper_scheduler(scheduler: SchedulerMixin) -> DDPMScheduler:
+    """The paper's sampler with the betas of a model's scheduler: DDPM, evenly spaced, with the learned variance."""
+    return DDPMScheduler.from_config(scheduler.config, variance_type="learned_range", timestep_spacing="linspace",
+                                     clip_sample=False)
+
+
+def require_schedule(scheduler: SchedulerMixin, out_channels: int, latent_channels: int):
+    """Raise a ValueError, in one line, for a scheduler that cannot work with this network's output."""
+    name = type(scheduler).__name__
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"{name} has no schedule of betas; a DiT predicts the noise of one, and this scheduler is for "
+                         "models of another parameterisation (EDM's preconditioning, flow matching)")
+    if learns_variance(scheduler) and out_channels != 2 * latent_channels:
+        raise ValueError(f"{name} with variance_type={scheduler.config.variance_type!r} needs a model with a learned "
+                         f"variance, {2 * latent_channels} output channels; this one has {out_channels}")
+
+
+def learns_variance(scheduler: SchedulerMixin) -> bool:
+    """Whether the scheduler's step takes the network's variance beside its noise."""
+    return scheduler.config.get("variance_type") in ("learned", "learned_range")
+
+
+def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, timesteps: list[int] | None = None,
+                  sigmas: list[float] | None = None) -> torch.Tensor:
+    """Set a scheduler's steps, by their number or by a list of its timesteps or sigmas; returns its timesteps.
+
+    Raises ValueError for both lists, or one that this scheduler does not take.
+    """
+    given = {name: value for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None}
+    if len(given) > 1:
+        raise ValueError("timesteps and sigmas cannot both be given")
+    for name in given:
+        if name not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(f"{type(scheduler).__name__} does not take {name}=; give num_inference_steps")
+    scheduler.set_timesteps(**(given or {"num_inference_steps": num_inference_steps}))
+    return scheduler.timesteps
+
+
+def step_arguments(scheduler: SchedulerMixin, batch_size: int, generator=None, eta: float = 0.0) -> dict:
+    """What the scheduler's `step` takes beside the prediction: the generator of its noise, and DDIM's eta.
+
+    `generator` is one for all pictures or a list of one for each. A scheduler with a noise source of its own gets its seeds
+    from there. Raises ValueError for an `eta` that the scheduler does not take.
+    """
+    parameters = inspect.signature(scheduler.step).parameters
+    if eta and "eta" not in parameters:
+        raise ValueError(f"{type(scheduler).__name__} does not take eta={eta}; DDIMScheduler does")
+    if hasattr(scheduler, "noise_sampler_seed"):  # DPMSolverSDEScheduler: a Brownian tree for each picture
+        generators = generator if isinstance(generator, list) else [generator] * batch_size
+        scheduler.noise_sampler_seed = [
+            int(torch.randint(2**62, (), generator=one, device=one.device if one else "cpu")) for one in generators]
+    arguments = {"generator": generator, "eta": eta}
+    return {name: value for name, value in arguments.items() if name in parameters}
