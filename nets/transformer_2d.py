@@ -6,11 +6,15 @@ tower, and takes either those two arguments or the result of `condition`.
 """
 
 import json
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks import TaylorSeerCacheConfig
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.model_loading_utils import load_state_dict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -37,7 +41,7 @@ class Conditioning(NamedTuple):
         return Conditioning(self.blocks[index], self.head[index])
 
 
-class Transformer2DModel(ModelMixin, ConfigMixin):
+class Transformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
     """Predicts the noise in latents, and with `out_channels = 2 * in_channels` its variance, for a class and a time.
 
     The defaults are DiT-XL/2's for 256x256 pictures, apart from `out_channels`, where the published model has 8. The null
@@ -180,6 +184,24 @@ class Transformer2DModel(ModelMixin, ConfigMixin):
         patch, rows, columns = self.patch_size, height // self.patch_size, width // self.patch_size
         patches = tokens.reshape(-1, rows, columns, patch, patch, self.out_channels)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height, width)
+
+    def enable_cache(self, config):
+        """As diffusers' `enable_cache`: skip work in steps that resemble the last one, at a price in the picture.
+
+        Works here with `FirstBlockCacheConfig` and `TaylorSeerCacheConfig`; the latter, where it names no modules itself,
+        caches each block's attention and MLP, and in its lite mode whole blocks and the output.
+        Raises ValueError for a config that no module of this network matches: it would silently do nothing.
+        """
+        TransformerBlockRegistry.register(BasicTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+        if isinstance(config, TaylorSeerCacheConfig) and config.use_lite_mode:
+            config = replace(config, use_lite_mode=False, skip_predict_identifiers=[r"transformer_blocks\.\d+"],
+                             cache_identifiers=["proj_out_2"])
+        elif isinstance(config, TaylorSeerCacheConfig) and not config.cache_identifiers:
+            config = replace(config, cache_identifiers=[r"transformer_blocks\.\d+\.(attn1|ff)"])
+        super().enable_cache(config)
+        if not any(getattr(module, "_diffusers_hook", None) and module._diffusers_hook.hooks for module in self.modules()):
+            self.disable_cache()
+            raise ValueError(f"{config} matches no module of this network, so that nothing would be cached")
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
