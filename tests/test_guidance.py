@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, EulerDiscreteScheduler
 
-from nets.guidance import guide, split_variance
+from nets.guidance import guide, guided_steps, noise_level, split_variance
 
 
 def recorded_step(monkeypatch, out_channels, guidance_scale):
@@ -78,3 +78,23 @@ def test_another_number_of_channels_is_refused_in_one_line(channels):
     with pytest.raises(ValueError, match=rf"gave {channels} channels for latents of 4; expected 4, or 8 .*$") as error:
         split_variance(torch.zeros(1, channels, 2, 2), 4)
     assert "\n" not in str(error.value)
+
+
+def test_noise_levels_are_eulers_sigmas_between_whole_timesteps_too():
+    scheduler = EulerDiscreteScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    scheduler.set_timesteps(30)
+    assert (scheduler.timesteps % 1 != 0).any()
+    torch.testing.assert_close(noise_level(scheduler.timesteps, scheduler.alphas_cumprod), scheduler.sigmas[:-1],
+                               rtol=2e-2, atol=1e-4)
+    whole = torch.tensor([0, 1, 500, 999])
+    expected = ((1 - scheduler.alphas_cumprod[whole]) / scheduler.alphas_cumprod[whole]).sqrt()
+    torch.testing.assert_close(noise_level(whole, scheduler.alphas_cumprod), expected)
+
+
+def test_an_interval_guides_the_noise_levels_over_the_lower_and_up_to_the_higher_end():
+    alphas_cumprod = 1 / (1 + torch.tensor([0.5, 1.0, 2.0, 4.0]) ** 2)  # sigma 0.5, 1, 2, 4 at t = 0, 1, 2, 3
+    timesteps = torch.tensor([3, 2, 1, 0])
+    assert guided_steps(timesteps, alphas_cumprod, 2.0, (0.9, 3.0)) == [False, True, True, False]
+    assert guided_steps(timesteps, alphas_cumprod, 2.0, (0.0, float("inf"))) == [True] * 4
+    assert guided_steps(timesteps, alphas_cumprod, 2.0) == [True] * 4
+    assert guided_steps(timesteps, alphas_cumprod, 1.0, (0.0, 3.0)) == [False] * 4

@@ -238,6 +238,240 @@ def test_names_become_ids_one_or_many(pipeline):
     assert pipeline.labels["class 7"] == 7
 
 
+def made(pipeline, class_labels=(3, 4), output_type="latent", steps=4, **arguments):
+    """What a call makes from seed 0."""
+    arguments.setdefault("generator", torch.Generator().manual_seed(0))
+    return pipeline(list(class_labels), num_inference_steps=steps, output_type=output_type, **arguments).images
+
+
+def batch_sizes(pipeline):
+    """A list that grows by the batch size of each call of the transformer."""
+    sizes = []
+    pipeline.transformer.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    return sizes
+
+
+def test_outside_the_guidance_interval_the_conditional_half_alone_is_computed(pipeline):
+    sizes = batch_sizes(pipeline)
+    made(pipeline, steps=10, guidance_interval=(0.3, 3.0))
+    assert set(sizes) == {2, 4} and sizes == sorted(sizes[:5]) + sorted(sizes[5:], reverse=True)
+    assert torch.equal(made(pipeline, guidance_interval=(0, 1000)), made(pipeline))
+    assert torch.equal(made(pipeline, guidance_interval=(1e4, 1e5)), made(pipeline, guidance_scale=1))
+
+
+def test_an_interval_is_guidance_switched_by_hand_step_by_step(pipeline):
+    """The same picture from an own loop over two calls' worth of the network at the guided steps alone."""
+    interval, scheduler = (0.5, 2.0), pipeline.scheduler
+    expected = randn = torch.randn(1, 4, 8, 8)
+    scheduler.set_timesteps(6)
+    labels, null = torch.tensor([3]), torch.tensor([10])
+    guided = []
+    for timestep in scheduler.timesteps:
+        alpha = scheduler.alphas_cumprod[timestep]
+        with torch.no_grad():
+            noise = pipeline.transformer(expected, timestep[None], labels).sample[:, :4]
+            if interval[0] < ((1 - alpha) / alpha).sqrt() <= interval[1]:
+                guided.append(int(timestep))
+                free = pipeline.transformer(expected, timestep[None], null).sample[:, :4]
+                noise = free + 3 * (noise - free)
+        expected = scheduler.step(noise, timestep, expected).prev_sample
+    assert 0 < len(guided) < 6
+    result = made(pipeline, [3], steps=6, latents=randn, guidance_scale=3, guidance_interval=interval)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_given_latents_take_the_place_of_the_generators_noise(pipeline):
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(made(pipeline, latents=noise), made(pipeline))
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)  # scales its initial noise
+    assert torch.equal(made(pipeline, latents=noise), made(pipeline))
+
+
+def test_latents_come_out_as_they_go_into_the_decoder(pipeline):
+    latents = made(pipeline)
+    decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    torch.testing.assert_close(made(pipeline, output_type="pt"), (decoded / 2 + 0.5).clamp(0, 1))
+
+
+def test_images_of_one_label_stand_together(pipeline):
+    noise = torch.randn(4, 4, 8, 8)
+    assert torch.equal(made(pipeline, num_images_per_label=2, latents=noise), made(pipeline, [3, 3, 4, 4], latents=noise))
+
+
+def test_a_callback_sees_every_step_and_may_change_the_latents(pipeline):
+    seen = []
+
+    def watch(pipe, step, timestep, tensors):
+        seen.append((step, int(timestep), tensors["latents"].shape))
+
+    unchanged = made(pipeline, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["latents"])
+    assert torch.equal(unchanged, made(pipeline))
+    assert seen == [(step, int(timestep), (2, 4, 8, 8)) for step, timestep in enumerate(pipeline.scheduler.timesteps)]
+    zeroed = made(pipeline, callback_on_step_end=lambda *_: {"latents": torch.zeros(2, 4, 8, 8)})
+    assert not zeroed.any()
+
+
+@pytest.mark.parametrize("height, width, latent", [(24, 24, (12, 12)), (8, 24, (4, 12)), (None, 8, (8, 4))])
+def test_other_sizes_square_and_not(height, width, latent, pipeline):
+    assert made(pipeline, height=height, width=width).shape == (2, 4, *latent)
+    picture = made(pipeline, height=height, width=width, output_type="pil")[0]
+    assert picture.size == (width or 16, height or 16)
+
+
+@pytest.mark.parametrize("size", [8, 24, 32])
+def test_other_square_sizes_are_upstreams_where_upstream_can(size, random_pair):
+    ours, upstream = random_pair
+    upstream.transformer.register_to_config(sample_size=size // 2)
+    try:
+        expected = upstream([3], guidance_scale=2, generator=torch.Generator().manual_seed(0), num_inference_steps=3,
+                            output_type="np").images
+    finally:
+        upstream.transformer.register_to_config(sample_size=ours.transformer.config.sample_size)
+    images = made(ours, [3], "np", 3, guidance_scale=2, height=size, width=size)
+    assert images.shape == (1, size, size, 3) and np.abs(images - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"output_type": "jpeg"}, "'jpeg' is not supported"), ({"height": 17}, "height=17 is not a multiple of 4 pixels"),
+    ({"width": 0}, "width=0 is not a multiple"), ({"num_images_per_label": 0}, "must be 1 or more"),
+    ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents are \(1, 4, 8, 8\); for these pictures they must be \(2, 4, 8, 8\)"),
+    ({"generator": [torch.Generator()]}, "1 generators were given for 2 pictures"),
+    ({"guidance_interval": (3, 1)}, r"guidance_interval=\(3, 1\) is not"),
+    ({"guidance_channels": 2.5}, r"guidance_channels=2\.5 is not in 1\.\.4"),
+    ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "prompt_embeds"),
+])
+def test_what_does_not_fit_is_refused_in_one_line_before_any_work(arguments, message, pipeline):
+    sizes = batch_sizes(pipeline)
+    with pytest.raises(ValueError, match=message) as error:
+        made(pipeline, **{"output_type": "np", **arguments})
+    assert "\n" not in str(error.value) and sizes == []
+
+
+def test_vae_slicing_and_tiling_make_the_same_pictures(pipeline):
+    expected = made(pipeline, output_type="np")
+    pipeline.vae.enable_slicing()
+    assert np.allclose(made(pipeline, output_type="np"), expected, atol=1e-5)
+    pipeline.vae.enable_tiling()
+    pipeline.vae.tile_latent_min_size, pipeline.vae.tile_sample_min_size = 4, 8
+    tiled = made(pipeline, output_type="np", height=32, width=32)
+    pipeline.vae.disable_tiling()
+    whole = made(pipeline, output_type="np", height=32, width=32)
+    assert tiled.shape == whole.shape == (2, 32, 32, 3) and 0 < np.abs(tiled - whole).mean() < 0.1
+
+
+def test_another_vae_whose_latents_fit_decodes_them(pipeline):
+    pipeline.vae = diffusers.AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+                                             num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+    assert made(pipeline, output_type="pil")[0].size == (16, 16)
+    vae = tiny_vae()
+    vae.register_to_config(scaling_factor=0.5, shift_factor=0.25)
+    pipeline.vae = vae
+    decoded = vae.decode(made(pipeline) / 0.5 + 0.25).sample
+    torch.testing.assert_close(made(pipeline, output_type="pt"), (decoded / 2 + 0.5).clamp(0, 1))
+
+
+def test_a_vae_whose_latents_do_not_fit_is_refused_before_any_work(pipeline):
+    pipeline.vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=16)
+    with pytest.raises(ValueError, match=r"AutoencoderKL, does not fit: it decodes latents of 16 channels, .* makes 4$"):
+        made(pipeline, output_type="np")
+    assert made(pipeline).shape == (2, 4, 8, 8)
+
+
+def test_compiled_blocks_make_the_same_picture(pipeline):
+    expected = made(pipeline)
+    pipeline.transformer.compile_repeated_blocks(backend="eager")
+    torch.testing.assert_close(made(pipeline), expected)
+
+
+def test_components_make_an_equal_pipeline(pipeline):
+    again = DiTPipeline(**pipeline.components, id2label=pipeline.config.id2label)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(made(again), made(pipeline)) and again.labels == pipeline.labels
+
+
+def eulers_loop(pipeline):
+    """Latents by Euler's method from the scheduler's own definitions, unguided."""
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(4)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * scheduler.init_noise_sigma
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            noise = pipeline.transformer(scheduler.scale_model_input(latents, timestep), timestep[None], torch.tensor([3]))
+            latents = scheduler.step(noise.sample[:, :4], timestep, latents).prev_sample
+    return pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+
+
+def null_class_is_the_models(pipeline):
+    made(pipeline, output_type="np")
+
+
+def euler_scales_its_input_alone(pipeline):
+    expected = (eulers_loop(pipeline) / 2 + 0.5).clamp(0, 1)
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    torch.testing.assert_close(made(pipeline, [3], "pt", guidance_scale=1), expected, rtol=1e-4, atol=1e-4)
+
+
+def out_channels_may_be_none(pipeline):
+    pipeline.transformer = type(pipeline.transformer)(**{**TINY, "out_channels": None, "num_embeds_ada_norm": 1000}).eval()
+    made(pipeline, output_type="np")
+
+
+def labels_are_saved(pipeline):
+    pipeline.save_pretrained(pipeline.folder)
+    assert json.loads((pipeline.folder / "model_index.json").read_text())["id2label"]
+
+
+def one_name_is_one_name(pipeline):
+    assert pipeline.get_label_ids("class 3") == [3]
+
+
+def one_seed_is_one_ddpm_picture(pipeline):
+    pipeline.scheduler = diffusers.DDPMScheduler(clip_sample=False)
+    first, again = (made(pipeline, output_type="np", guidance_scale=1) for _ in range(2))
+    assert np.array_equal(first, again)
+
+
+def ddpm_takes_the_learned_variance(pipeline):
+    pipeline.scheduler = diffusers.DDPMScheduler(clip_sample=False, variance_type="learned_range")
+    made(pipeline, output_type="np", guidance_scale=1)
+
+
+def latents_can_be_asked_for(pipeline):
+    assert made(pipeline, guidance_scale=1).shape == (2, 4, 8, 8)
+
+
+def pictures_need_not_be_square(pipeline):
+    assert made(pipeline, output_type="np", guidance_scale=1, height=16, width=24).shape == (2, 16, 24, 3)
+
+
+def latents_need_not_be_square(pipeline):
+    latents = torch.randn(1, 4, 8, 12)
+    assert pipeline.transformer(latents, torch.tensor([9]), torch.tensor([3])).sample.shape == (1, 8, 8, 12)
+
+
+def devices_can_be_mapped(pipeline):
+    assert pipeline.transformer._no_split_modules == ["BasicTransformerBlock"]
+
+
+FAULTS = [null_class_is_the_models, euler_scales_its_input_alone, out_channels_may_be_none, labels_are_saved,
+          one_name_is_one_name, one_seed_is_one_ddpm_picture, ddpm_takes_the_learned_variance, latents_can_be_asked_for,
+          pictures_need_not_be_square, latents_need_not_be_square, devices_can_be_mapped]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_upstreams_faults_are_not_ours_and_still_upstreams(fault, pipeline, tmp_path):
+    """huggingface/diffusers#13616 and what running upstream showed; the second half shows that the check can fail."""
+    pipeline.folder = tmp_path / "ours"
+    fault(pipeline)
+    transformer = upstream_model(**TINY)
+    upstream = diffusers.DiTPipeline(transformer, tiny_vae(), diffusers.DDIMScheduler(clip_sample=False),
+                                     id2label=pipeline.config.id2label)
+    upstream.set_progress_bar_config(disable=True)
+    upstream.folder = tmp_path / "upstream"
+    with pytest.raises((AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)):
+        fault(upstream)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("generator_device", ["cpu", "cuda"])

@@ -208,6 +208,28 @@ def test_guidance_channels_change_the_picture_and_are_written_into_it(capsys, tm
     assert status == 2 and "guidance_channels=5 is not in 1..4" in error
 
 
+def test_the_papers_preset_is_its_options_spelled_out(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(predict.PRESETS, "paper", {**predict.PRESETS["paper"], "steps": 5})
+    status, out, _ = run(capsys, "bag", "--preset", "paper", "--output-dir", tmp_path / "preset")
+    assert status == 0 and "ddpm-learned, 5 steps, guidance 1.5 on 3 channels" in out
+    run(capsys, "bag", "--scheduler", "ddpm-learned", "--steps", 5, "--guidance-scale", 1.5, "--guidance-channels", 3,
+        "--output-dir", tmp_path / "spelled")
+    run(capsys, "--like", tmp_path / "preset/bag-seed42.png", "--output-dir", tmp_path / "again")
+    first, spelled, again = (np.asarray(Image.open(tmp_path / folder / "bag-seed42.png"))
+                             for folder in ("preset", "spelled", "again"))
+    assert np.array_equal(first, spelled) and np.array_equal(first, again)
+    status, _, error = run(capsys, "bag", "--preset", "paper", "--steps", 10)
+    assert status == 2 and "--preset paper sets steps; leave it out" in error
+
+
+def test_the_papers_preset_is_that_of_the_library():
+    from nets.scheduling import PAPER_SAMPLING
+
+    preset = predict.PRESETS["paper"]
+    assert {"num_inference_steps": preset["steps"], **{key: preset[key] for key in ("guidance_scale", "guidance_channels")}
+            } == PAPER_SAMPLING
+
+
 def test_a_hub_id_without_a_network_gets_one_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

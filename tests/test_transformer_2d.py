@@ -107,6 +107,62 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
+def calls_of(model, *names):
+    """A dictionary that counts how often modules of these names really compute, and not a cache for them."""
+    counts = dict.fromkeys(names, 0)
+    for name in names:
+        module = model.get_submodule(name)
+        module.forward = counted(module.forward, counts, name)
+    return counts
+
+
+def counted(forward, counts, name):
+    def count(*args, **kwargs):
+        counts[name] += 1
+        return forward(*args, **kwargs)
+    return count
+
+
+@pytest.mark.parametrize("config, skipped", [
+    (diffusers.FirstBlockCacheConfig(threshold=10), "transformer_blocks.1"),
+    (diffusers.TaylorSeerCacheConfig(), "transformer_blocks.1.attn1"),
+    (diffusers.TaylorSeerCacheConfig(), "transformer_blocks.1.ff"),
+    (diffusers.TaylorSeerCacheConfig(use_lite_mode=True), "transformer_blocks.0"),
+    (diffusers.TaylorSeerCacheConfig(cache_identifiers=[r".*\.ff"]), "transformer_blocks.0.ff"),
+], ids=["first block", "taylor attention", "taylor mlp", "taylor lite", "taylor named"])
+def test_caches_really_skip_work_and_forget_it_between_calls(config, skipped):
+    from conftest import tiny_pipeline
+
+    pipeline = tiny_pipeline(num_layers=3)
+    counts = calls_of(pipeline.transformer, skipped)
+
+    def picture():
+        counts[skipped] = 0
+        return pipeline([3], num_inference_steps=10, generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+    expected = picture()
+    assert counts[skipped] == 10
+    pipeline.transformer.enable_cache(config)
+    cached, again = picture(), picture()
+    assert 0 < counts[skipped] < 10 and torch.equal(cached, again) and not torch.equal(cached, expected)
+    pipeline([3, 4], guidance_interval=(0.3, 3.0), num_inference_steps=10)  # the batch changes its size under way
+    pipeline.transformer.disable_cache()
+    assert torch.equal(picture(), expected) and counts[skipped] == 10
+
+
+def test_a_cache_that_would_do_nothing_is_refused():
+    model = Transformer2DModel(**TINY)
+    with pytest.raises(ValueError, match="matches no module of this network"):
+        model.enable_cache(diffusers.TaylorSeerCacheConfig(cache_identifiers=["blocks"]))
+    assert not model.is_cache_enabled
+
+
+def test_upstreams_default_taylor_cache_matches_nothing_of_upstreams_network():
+    upstream = upstream_model(**TINY)
+    diffusers.hooks.apply_taylorseer_cache(upstream, diffusers.TaylorSeerCacheConfig())
+    assert not any(hasattr(module, "_diffusers_hook") for module in upstream.modules())
+
+
 def test_config_is_read_and_written_as_upstreams():
     upstream = diffusers.DiTTransformer2DModel(**TINY)
     ours = Transformer2DModel.from_config(upstream.config)
