@@ -29,23 +29,19 @@ RECIPE = ("model", "steps", "guidance_scale", "seed", "scheduler", "dtype")
 RECIPE_IF_GIVEN = ("revision", "variant", "guidance_channels")
 
 
-class UserError(Exception):
-    """Something that the user can mend; its one line is all that is printed."""
-
-
 def main(argv=None) -> int:
     """Run the command line; returns the exit status: 0, or 2 for input that is wrong."""
     try:
         run(parse_arguments(argv))
         sys.stdout.flush()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except BrokenPipeError:  # as in `--list-classes | head`; Python would complain again when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError) as error:
+        print(f"{Path(sys.argv[0]).name}: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # as in `--list-classes | head`; Python would complain again when it closes stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -60,10 +56,9 @@ def run(arguments):
         class_ids = [label for label in choose_classes(arguments, id2label) for _ in range(arguments.images_per_class)]
     try:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=arguments.output_dir).close()
+        tempfile.TemporaryFile(dir=arguments.output_dir).close()  # known now, and not after the work
     except OSError as error:
-        raise UserError(f"cannot write into {arguments.output_dir}: {first_line(error)}") from error
-
+        raise ValueError(f"cannot write into {arguments.output_dir}: {error.strerror}") from error
     pipeline, device = load_pipeline(folder, arguments)
 
     import torch
@@ -71,10 +66,7 @@ def run(arguments):
     from nets.labels import check_class_ids
     from nets.pictures import contact_sheet, free_path, save_picture, slug
 
-    try:
-        check_class_ids(class_ids, pipeline.transformer.config.num_embeds_ada_norm)
-    except ValueError as error:
-        raise UserError(error) from error
+    check_class_ids(class_ids, pipeline.transformer.config.num_embeds_ada_norm)
     channels = f" on {arguments.guidance_channels} channels" if arguments.guidance_channels else ""
     print(f"model {arguments.model} · {device} {arguments.dtype} · {arguments.scheduler}, {arguments.steps} steps, "
           f"guidance {arguments.guidance_scale:g}{channels} · seed {arguments.seed}", flush=True)
@@ -84,29 +76,23 @@ def run(arguments):
                             guidance_channels=arguments.guidance_channels,
                             generator=torch.Generator().manual_seed(arguments.seed)).images
     except (ValueError, RuntimeError) as error:  # a scheduler that cannot do so few steps, too little memory
-        raise UserError(f"cannot make these pictures with {arguments.scheduler}: {first_line(error)}") from error
+        raise ValueError(f"cannot make these pictures with {arguments.scheduler}: {first_line(error)}") from error
     seconds = time.perf_counter() - started
 
     names = [first_name(id2label, label) for label in class_ids]
-    try:
-        for position in range(len(pictures)) if index is None else [index]:
-            path = free_path(arguments.output_dir / f"{slug(names[position])}-seed{arguments.seed}.png")
-            save_picture(pictures[position], path, recipe(arguments, class_ids, position, names[position]))
-            print(f"{path}  {names[position]}  ({seconds / len(pictures):.2f} s)")
-        if arguments.grid:
-            path = free_path(arguments.output_dir / f"grid-seed{arguments.seed}.png")
-            save_picture(contact_sheet(pictures, names), path, {})
-            print(f"{path}  all {len(pictures)} on one sheet")
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {first_line(error)}") from error
+    for position in range(len(pictures)) if index is None else [index]:
+        path = free_path(arguments.output_dir / f"{slug(names[position])}-seed{arguments.seed}.png")
+        save_picture(pictures[position], path, recipe(arguments, class_ids, position, names[position]))
+        print(f"{path}  {names[position]}  ({seconds / len(pictures):.2f} s)")
+    if arguments.grid:
+        path = free_path(arguments.output_dir / f"grid-seed{arguments.seed}.png")
+        save_picture(contact_sheet(pictures, names), path, {})
+        print(f"{path}  all {len(pictures)} on one sheet")
 
 
 def parse_arguments(argv):
     """The command line as a namespace; argparse ends the program with status 2 where a value is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="class names; without any, two are picked by the seed")
     parser.add_argument("--model", help=f"pipeline folder or hub id (default: model_data/{XL_MODEL} if it is there, "
                                         f"else {SMALL_MODEL}, which ships)")
@@ -172,7 +158,7 @@ def find_model(model, revision=None):
     candidates = [MODEL_DATA / model, Path(model)]
     folder = next((path for path in candidates if (path / "model_index.json").is_file()), None)
     if folder is None and (Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/"))):
-        raise UserError(f"no model in {model}: there is no {model}/model_index.json")
+        raise ValueError(f"no model in {model}: there is no {model}/model_index.json")
     try:
         index = folder
         if folder is None:
@@ -184,7 +170,7 @@ def find_model(model, revision=None):
         if not all(isinstance(names, str) for names in id2label.values()):
             raise ValueError("id2label in its model_index.json has names that are no text")
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot read model {model}: {first_line(error)}") from error
+        raise ValueError(f"cannot read model {model}: {first_line(error)}") from error
     return folder or model, id2label
 
 
@@ -193,7 +179,7 @@ def choose_classes(arguments, id2label):
     from nets.labels import find_label_ids
 
     if not arguments.names and not id2label:
-        raise UserError("this model has no class names (no id2label in its model_index.json); give class ids as numbers")
+        raise ValueError("this model has no class names (no id2label in its model_index.json); give class ids as numbers")
     if not arguments.names:
         import random
 
@@ -201,7 +187,7 @@ def choose_classes(arguments, id2label):
     try:
         return find_label_ids(arguments.names, id2label)
     except ValueError as error:
-        raise UserError(f"{error}{imagenet_hint(arguments.names, id2label)}") from error
+        raise ValueError(f"{error}{imagenet_hint(arguments.names, id2label)}") from error
 
 
 def imagenet_hint(names, id2label):
@@ -242,11 +228,11 @@ def load_pipeline(folder, arguments):
                                                variant=arguments.variant)
         pipeline.to(device)
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"cannot load model {arguments.model} on {device}: {first_line(error)}") from error
+        raise ValueError(f"cannot load model {arguments.model} on {device}: {first_line(error)}") from error
     try:
         pipeline.scheduler = make_scheduler(arguments.scheduler, pipeline.scheduler)
     except ImportError as error:  # a package that this scheduler alone needs
-        raise UserError(f"--scheduler {arguments.scheduler} cannot run here: {' '.join(str(error).split())}") from error
+        raise ValueError(f"--scheduler {arguments.scheduler} cannot run here: {' '.join(str(error).split())}") from error
     return pipeline, device
 
 
@@ -282,7 +268,7 @@ def read_recipe(arguments):
     from nets.pictures import read_text
 
     if not arguments.like.is_file():
-        raise UserError(f"there is no picture {arguments.like}")
+        raise ValueError(f"there is no picture {arguments.like}")
     try:
         text = read_text(arguments.like)
         class_ids, index = json.loads(text["class_ids"]), int(text["index"])
@@ -292,7 +278,7 @@ def read_recipe(arguments):
         written = (*RECIPE, *(option for option in RECIPE_IF_GIVEN if option in text))
         options = [word for option in written for word in (f"--{option.replace('_', '-')}", text[option])]
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{arguments.like} does not say how it was made: not a readable PNG of predict.py "
+        raise ValueError(f"{arguments.like} does not say how it was made: not a readable PNG of predict.py "
                         f"({'no ' if isinstance(error, KeyError) else ''}{first_line(error)})") from error
     settled = parse_arguments(options)  # with the command line's own checks
     for option in (*RECIPE, *RECIPE_IF_GIVEN):

@@ -3,10 +3,10 @@
     python -m bench.schedulers --data DIR
 
 DIR is the Fashion-MNIST folder that train.py reads; needs requirements-dev.txt. For each scheduler at 10, 25 and 50 steps
-(DDPM at 100 too, with the learned variance at 250 as well), guidance 2: the share of --pictures whose class the shipped classifier sees, their Frechet
-distance to the test set in its features, how often the network ran, and the time of a call next to DPM-Solver++'s at 25
-steps, taken in turn. Finished rows are kept in bench/results/schedulers.json and not measured again; remove the file after
-the shipped model has changed.
+(DDPM at 100 too, with the learned variance at 250 as well), guidance 2: the share of --pictures whose class the shipped
+classifier sees, their Frechet distance to the test set in its features, how often the network ran, and the time of a call
+next to DPM-Solver++'s at 25 steps, taken in turn. Finished rows are kept in bench/results/schedulers.json and not measured
+again; remove the file after the shipped model has changed.
 """
 
 import argparse
