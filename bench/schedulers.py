@@ -86,7 +86,8 @@ def main():
         results[key] = row
         arguments.results.write_text(json.dumps(results, indent=2) + "\n")
 
-    runs = [(name, steps) for name in SCHEDULERS for steps in (*STEPS, *MORE_STEPS.get(name, ()))]
+    runs = [(name, steps) for name in SCHEDULERS for steps in STEPS]
+    runs += [(name, steps) for name, more in MORE_STEPS.items() for steps in more]
     for name, steps in runs:
         if f"{name} {steps}" not in results:
             pipeline.scheduler = make_scheduler(name, own)
