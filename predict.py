@@ -13,20 +13,17 @@ import tempfile
 import time
 from pathlib import Path
 
+from nets.scheduling import PAPER_SAMPLING, SCHEDULERS, make_scheduler
+
 MODEL_DATA = Path(__file__).resolve().parent / "model_data"
 SMALL_MODEL, XL_MODEL = "fashion-mnist-32", "DiT-XL-2-256"
-SCHEDULERS = {
-    "dpm": "DPMSolverMultistepScheduler", "ddim": "DDIMScheduler", "ddpm": "DDPMScheduler",
-    "ddpm-learned": "DDPMScheduler", "euler": "EulerDiscreteScheduler", "euler-a": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler", "unipc": "UniPCMultistepScheduler", "deis": "DEISMultistepScheduler",
-    "dpm-single": "DPMSolverSinglestepScheduler", "dpm-sde": "DPMSolverSDEScheduler", "kdpm2": "KDPM2DiscreteScheduler",
-    "kdpm2-a": "KDPM2AncestralDiscreteScheduler", "lms": "LMSDiscreteScheduler", "pndm": "PNDMScheduler",
-}
-PRESETS = {"paper": {"scheduler": "ddpm-learned", "steps": 250, "guidance_scale": 1.5, "guidance_channels": 3}}
+PRESETS = {"paper": {"scheduler": "ddpm-learned", "steps": PAPER_SAMPLING["num_inference_steps"],
+                     "guidance_scale": PAPER_SAMPLING["guidance_scale"],
+                     "guidance_channels": PAPER_SAMPLING["guidance_channels"]}}
 DTYPES = ("float32", "float16", "bfloat16")
 # The options that shape a picture: what its text chunks carry, and what --like takes from there.
 RECIPE = ("model", "steps", "guidance_scale", "seed", "scheduler", "dtype")
-RECIPE_IF_GIVEN = ("revision", "variant", "guidance_channels")
+RECIPE_IF_GIVEN = ("revision", "variant", "guidance_channels", "guidance_interval")
 
 
 def main(argv=None) -> int:
@@ -72,9 +69,8 @@ def run(arguments):
           f"guidance {arguments.guidance_scale:g}{channels} · seed {arguments.seed}", flush=True)
     started = time.perf_counter()
     try:
-        pictures = pipeline(class_ids, guidance_scale=arguments.guidance_scale, num_inference_steps=arguments.steps,
-                            guidance_channels=arguments.guidance_channels,
-                            generator=torch.Generator().manual_seed(arguments.seed)).images
+        generator = torch.Generator().manual_seed(arguments.seed)
+        pictures = pipeline(class_ids, generator=generator, **picture_arguments(arguments)).images
     except (ValueError, RuntimeError) as error:  # a scheduler that cannot do so few steps, too little memory
         raise ValueError(f"cannot make these pictures with {arguments.scheduler}: {first_line(error)}") from error
     seconds = time.perf_counter() - started
@@ -94,22 +90,8 @@ def parse_arguments(argv):
     """The command line as a namespace; argparse ends the program with status 2 where a value is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="class names; without any, two are picked by the seed")
-    parser.add_argument("--model", help=f"pipeline folder or hub id (default: model_data/{XL_MODEL} if it is there, "
-                                        f"else {SMALL_MODEL}, which ships)")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id, such as refs/pr/1")
-    parser.add_argument("--variant", help="variant of the weights, such as fp16")
-    parser.add_argument("--steps", type=whole_number(1, 1000), default=25)
-    parser.add_argument("--guidance-scale", type=finite_number, default=4.0, help="over 1 is guided (default 4)")
-    parser.add_argument("--guidance-channels", type=whole_number(1, 64), metavar="N",
-                        help="guide the first N latent channels only; 3 is facebookresearch/DiT's way (default: all)")
+    add_picture_options(parser)
     parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=42, help="0 or more (default 42)")
-    parser.add_argument("--scheduler", choices=SCHEDULERS, default="dpm", metavar="NAME",
-                        help=f"one of {', '.join(SCHEDULERS)} (default dpm)")
-    parser.add_argument("--preset", choices=PRESETS,
-                        help="paper: the baseline that papers report, DDPM with the learned variance, 250 steps, guidance "
-                             "1.5 on 3 channels; sets --scheduler, --steps, --guidance-scale and --guidance-channels")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
     parser.add_argument("--images-per-class", type=whole_number(1, 10_000), default=1)
     parser.add_argument("--grid", action="store_true", help="write one sheet with captions as well")
@@ -119,11 +101,7 @@ def parse_arguments(argv):
                         help="make this picture again, from what is written in it; its whole call runs again, since "
                              "one generator draws the noise for all its pictures")
     arguments = parser.parse_args(argv)
-    if arguments.preset:
-        given = [option for option in PRESETS[arguments.preset] if getattr(arguments, option) != parser.get_default(option)]
-        if given:
-            parser.error(f"--preset {arguments.preset} sets {', '.join(given)}; leave it out")
-        vars(arguments).update(PRESETS[arguments.preset])
+    apply_preset(parser, arguments)
     if arguments.list_classes is not None and arguments.names:
         parser.error(f"--list-classes takes one text; {' '.join(arguments.names)!r} is too much")
     if arguments.like:
@@ -132,6 +110,42 @@ def parse_arguments(argv):
         if given:
             parser.error(f"--like takes {', '.join(given)} from the picture; leave it out")
     return arguments
+
+
+def add_picture_options(parser):
+    """The options of the verbs that make pictures: the model, and all that shapes a picture but class and seed."""
+    parser.add_argument("--model", help=f"pipeline folder or hub id (default: model_data/{XL_MODEL} if it is there, "
+                                        f"else {SMALL_MODEL}, which ships)")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id, such as refs/pr/1")
+    parser.add_argument("--variant", help="variant of the weights, such as fp16")
+    parser.add_argument("--steps", type=whole_number(1, 1000), default=25)
+    parser.add_argument("--guidance-scale", type=finite_number, default=4.0, help="over 1 is guided (default 4)")
+    parser.add_argument("--guidance-channels", type=whole_number(1, 64), metavar="N",
+                        help="guide the first N latent channels only; 3 is facebookresearch/DiT's way (default: all)")
+    parser.add_argument("--guidance-interval", type=interval, metavar="LOW,HIGH",
+                        help="guide at noise levels sigma between these only (default: all)")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, default="dpm", metavar="NAME",
+                        help=f"one of {', '.join(SCHEDULERS)} (default dpm)")
+    parser.add_argument("--preset", choices=PRESETS,
+                        help="paper: the baseline that papers report, DDPM with the learned variance, 250 steps, guidance "
+                             "1.5 on 3 channels; sets --scheduler, --steps, --guidance-scale and --guidance-channels")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+
+
+def apply_preset(parser, arguments):
+    """Set the options of `arguments.preset`, and complain of those that were given beside it."""
+    settings = PRESETS.get(arguments.preset, {})
+    given = [option for option in settings if getattr(arguments, option) != parser.get_default(option)]
+    if given:
+        parser.error(f"--preset {arguments.preset} sets {', '.join(given)}; leave it out")
+    vars(arguments).update(settings)
+
+
+def picture_arguments(arguments):
+    """Those of the pipeline's arguments that are options of the command line."""
+    return {"guidance_scale": arguments.guidance_scale, "num_inference_steps": arguments.steps,
+            "guidance_channels": arguments.guidance_channels, "guidance_interval": arguments.guidance_interval}
 
 
 def whole_number(low, high):
@@ -151,6 +165,14 @@ def finite_number(text):
     if not abs(value) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return value
+
+
+def interval(text):
+    """An argparse type: two floats, the lower first, as `0.3,5`."""
+    low, high = (finite_number(number) for number in text.strip("()").split(","))
+    if not 0 <= low < high:
+        raise argparse.ArgumentTypeError(f"{text} is not LOW,HIGH with 0 <= LOW < HIGH")
+    return low, high
 
 
 def find_model(model, revision=None):
@@ -234,17 +256,6 @@ def load_pipeline(folder, arguments):
     except ImportError as error:  # a package that this scheduler alone needs
         raise ValueError(f"--scheduler {arguments.scheduler} cannot run here: {' '.join(str(error).split())}") from error
     return pipeline, device
-
-
-def make_scheduler(name, scheduler):
-    """The scheduler of that name in SCHEDULERS, with the betas of a model's own; "ddpm-learned" is the paper's."""
-    import diffusers
-
-    from nets.scheduling import paper_scheduler
-
-    if name == "ddpm-learned":
-        return paper_scheduler(scheduler)
-    return getattr(diffusers, SCHEDULERS[name]).from_config(scheduler.config)
 
 
 def recipe(arguments, class_ids, index, name):

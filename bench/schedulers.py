@@ -20,7 +20,7 @@ from transformers import AutoModelForImageClassification
 from bench.small_model import CLASSES, ROOT, frechet_distance, judge, sample, to_pictures
 from nets import DiTPipeline
 from nets.pictures import contact_sheet
-from predict import SCHEDULERS, make_scheduler
+from nets.scheduling import SCHEDULERS, make_scheduler
 from train import read_fashion_mnist, to_model_range
 
 STEPS, MORE_STEPS = (10, 25, 50), {"ddpm": (100,), "ddpm-learned": (100, 250)}

@@ -4,18 +4,45 @@ Each scheduler class takes its own arguments; here the pipeline's are handed to 
 the scheduler's name, where they would be lost.
 """
 
+from __future__ import annotations
+
 import inspect
+from typing import TYPE_CHECKING
 
-import torch
-from diffusers import DDPMScheduler, SchedulerMixin
+if TYPE_CHECKING:  # a command line reads the table before anything heavy is imported
+    import torch
+    from diffusers import DDPMScheduler, SchedulerMixin
 
+# Short names of diffusers' schedulers for models that predict noise. All of `KarrasDiffusionSchedulers`, but for
+# EDMEulerScheduler, which is for another parameterisation; and DDPM with the learned variance as the paper has it.
+SCHEDULERS = {
+    "dpm": "DPMSolverMultistepScheduler", "ddim": "DDIMScheduler", "ddpm": "DDPMScheduler",
+    "ddpm-learned": "DDPMScheduler", "euler": "EulerDiscreteScheduler", "euler-a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler", "unipc": "UniPCMultistepScheduler", "deis": "DEISMultistepScheduler",
+    "dpm-single": "DPMSolverSinglestepScheduler", "dpm-sde": "DPMSolverSDEScheduler", "kdpm2": "KDPM2DiscreteScheduler",
+    "kdpm2-a": "KDPM2AncestralDiscreteScheduler", "lms": "LMSDiscreteScheduler", "pndm": "PNDMScheduler",
+}
 # The sampling that the DiT paper reports (section 4; improved diffusion's ancestral sampler): keyword arguments of the
 # pipeline's call, to go with `paper_scheduler`.
 PAPER_SAMPLING = {"num_inference_steps": 250, "guidance_scale": 1.5, "guidance_channels": 3}
 
 
+def make_scheduler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler of that name in `SCHEDULERS`, with the betas of a model's own; "ddpm-learned" is the paper's.
+
+    Raises ImportError if it needs a package that is not there.
+    """
+    import diffusers
+
+    if name == "ddpm-learned":
+        return paper_scheduler(scheduler)
+    return getattr(diffusers, SCHEDULERS[name]).from_config(scheduler.config)
+
+
 def paper_scheduler(scheduler: SchedulerMixin) -> DDPMScheduler:
     """The paper's sampler with the betas of a model's scheduler: DDPM, evenly spaced, with the learned variance."""
+    from diffusers import DDPMScheduler
+
     return DDPMScheduler.from_config(scheduler.config, variance_type="learned_range", timestep_spacing="linspace",
                                      clip_sample=False)
 
@@ -61,7 +88,9 @@ def step_arguments(scheduler: SchedulerMixin, batch_size: int, generator=None, e
     parameters = inspect.signature(scheduler.step).parameters
     if eta and "eta" not in parameters:
         raise ValueError(f"{type(scheduler).__name__} does not take eta={eta}; DDIMScheduler does")
-    if hasattr(scheduler, "noise_sampler_seed"):  # DPMSolverSDEScheduler: a Brownian tree for each picture
+    if hasattr(scheduler, "noise_sampler_seed"):
+        import torch  # DPMSolverSDEScheduler: a Brownian tree for each picture
+
         generators = generator if isinstance(generator, list) else [generator] * batch_size
         scheduler.noise_sampler_seed = [
             int(torch.randint(2**62, (), generator=one, device=one.device if one else "cpu")) for one in generators]

@@ -13,9 +13,9 @@ from conftest import ROOT, SMALL_MODEL, TINY, fill, tiny_unet, tiny_vae, upstrea
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import predict
 from nets import DiTPipeline, Transformer2DModel
 from nets.loading import find_folder
+from nets.scheduling import SCHEDULERS
 
 
 def pictures(pipeline, **arguments):
@@ -218,7 +218,7 @@ def test_each_scheduler_keeps_its_own_spacing(name, resaved, small_model, tmp_pa
         folder = tmp_path
     config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
     assert "timestep_spacing" not in config and (config["beta_start"], config["beta_end"]) == (1e-4, 0.02)
-    assert set(TIMESTEPS) == set(predict.SCHEDULERS.values())
+    assert set(TIMESTEPS) == set(SCHEDULERS.values())
     scheduler = getattr(diffusers, name).from_config(diffusers.DDIMScheduler.from_pretrained(folder / "scheduler").config)
     scheduler.set_timesteps(25)
     assert (int(scheduler.timesteps[0]), int(scheduler.timesteps[-1])) == TIMESTEPS[name]

@@ -208,6 +208,15 @@ def test_guidance_channels_change_the_picture_and_are_written_into_it(capsys, tm
     assert status == 2 and "guidance_channels=5 is not in 1..4" in error
 
 
+def test_a_guidance_interval_is_kept_in_the_picture_too(capsys, tmp_path):
+    run(capsys, "bag", "--steps", 5, "--guidance-interval", "0.3,5", "--output-dir", tmp_path / "first")
+    run(capsys, "--like", tmp_path / "first/bag-seed42.png", "--output-dir", tmp_path / "again")
+    first, again = (Image.open(tmp_path / folder / "bag-seed42.png") for folder in ("first", "again"))
+    assert np.array_equal(np.asarray(first), np.asarray(again)) and first.text == again.text
+    for wrong in ("5,0.3", "1", "a,b"):
+        assert run(capsys, "bag", "--guidance-interval", wrong)[0] == 2
+
+
 def test_the_papers_preset_is_its_options_spelled_out(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(predict.PRESETS, "paper", {**predict.PRESETS["paper"], "steps": 5})
     status, out, _ = run(capsys, "bag", "--preset", "paper", "--output-dir", tmp_path / "preset")
