@@ -100,13 +100,12 @@ def parse_arguments(argv):
     parser.add_argument("--like", type=Path, metavar="FILE.png",
                         help="make this picture again, from what is written in it; its whole call runs again, since "
                              "one generator draws the noise for all its pictures")
-    arguments = parser.parse_args(argv)
-    apply_preset(parser, arguments)
+    arguments, given = parse_picture_options(parser, argv)
     if arguments.list_classes is not None and arguments.names:
         parser.error(f"--list-classes takes one text; {' '.join(arguments.names)!r} is too much")
     if arguments.like:
-        given = [option for option in ("names", "images_per_class", "preset", *RECIPE, *RECIPE_IF_GIVEN)
-                 if getattr(arguments, option) != parser.get_default(option) and getattr(arguments, option) != []]
+        given += [option for option in ("names", "preset") if getattr(arguments, option)]
+        given += ["images_per_class"] if arguments.images_per_class > 1 else []
         if given:
             parser.error(f"--like takes {', '.join(given)} from the picture; leave it out")
     return arguments
@@ -133,13 +132,18 @@ def add_picture_options(parser):
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
 
 
-def apply_preset(parser, arguments):
-    """Set the options of `arguments.preset`, and complain of those that were given beside it."""
+def parse_picture_options(parser, argv):
+    """The arguments, a preset's included, and which of those that shape a picture were given on the command line."""
+    options = (*RECIPE, *RECIPE_IF_GIVEN)
+    arguments = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(options)))  # None where it was not given
+    given = [option for option in options if getattr(arguments, option) is not None]
     settings = PRESETS.get(arguments.preset, {})
-    given = [option for option in settings if getattr(arguments, option) != parser.get_default(option)]
-    if given:
-        parser.error(f"--preset {arguments.preset} sets {', '.join(given)}; leave it out")
-    vars(arguments).update(settings)
+    if set(given) & set(settings):
+        parser.error(f"--preset {arguments.preset} sets {', '.join(set(given) & set(settings))}; leave it out")
+    for option in options:
+        if option not in given:
+            setattr(arguments, option, settings.get(option, parser.get_default(option)))
+    return arguments, given
 
 
 def picture_arguments(arguments):

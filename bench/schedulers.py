@@ -3,7 +3,7 @@
     python -m bench.schedulers --data DIR
 
 DIR is the Fashion-MNIST folder that train.py reads; needs requirements-dev.txt. For each scheduler at 10, 25 and 50 steps
-(DDPM at 100 too, with the learned variance at 250 as well), guidance 2: the share of --pictures whose class the shipped
+(DDPM at 100 too), guidance 2: the share of --pictures whose class the shipped
 classifier sees, their Frechet distance to the test set in its features, how often the network ran, and the time of a call
 next to DPM-Solver++'s at 25 steps, taken in turn. Finished rows are kept in bench/results/schedulers.json and not measured
 again; remove the file after the shipped model has changed.
@@ -23,7 +23,7 @@ from nets.pictures import contact_sheet
 from nets.scheduling import SCHEDULERS, make_scheduler
 from train import read_fashion_mnist, to_model_range
 
-STEPS, MORE_STEPS = (10, 25, 50), {"ddpm": (100,), "ddpm-learned": (100, 250)}
+STEPS, MORE_STEPS = (10, 25, 50), {"ddpm": (100,), "ddpm-learned": (100,)}
 GUIDANCE_SCALE = 2.0
 
 

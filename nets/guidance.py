@@ -37,8 +37,9 @@ def noise_level(timesteps: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.
     """
     log_sigmas = ((1 - alphas_cumprod) / alphas_cumprod).log() / 2  # (T,)
     timesteps = timesteps.to(log_sigmas)
-    below = timesteps.floor().long().clamp(0, len(log_sigmas) - 2)  # (n,)
-    return torch.lerp(log_sigmas[below], log_sigmas[below + 1], timesteps - below).exp()
+    below, above = timesteps.floor().long(), timesteps.ceil().long()  # (n,) each
+    between = torch.lerp(log_sigmas[below], log_sigmas[above], timesteps - below)
+    return torch.where(below == above, log_sigmas[below], between).exp()  # a whole timestep's may be infinite
 
 
 def guided_steps(timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, guidance_scale: float,

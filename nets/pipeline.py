@@ -4,6 +4,7 @@ Mirrors `DiTPipeline` of diffusers 0.42: its signature, defaults and pictures. T
 is section 3.1, "Diffusion formulation" and "Classifier-free guidance".
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,11 +12,14 @@ from pathlib import Path
 import torch
 from diffusers import (
     AsymmetricAutoencoderKL,
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderTiny,
+    ConsistencyDecoderVAE,
     DiffusionPipeline,
     DiTTransformer2DModel,
     ImagePipelineOutput,
+    VQModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers import KarrasDiffusionSchedulers
@@ -27,7 +31,7 @@ from nets.loading import CLASS_ON_DISK, find_folder, leave_out_defaults, load_pa
 from nets.scheduling import learns_variance, require_schedule, set_timesteps, step_arguments
 from nets.transformer_2d import Transformer2DModel
 
-VAE = AutoencoderKL | AutoencoderTiny | AsymmetricAutoencoderKL
+VAE = AutoencoderKL | AutoencoderTiny | AsymmetricAutoencoderKL | AutoencoderDC | ConsistencyDecoderVAE | VQModel
 CONDITIONING_BYTES = 256 * 2**20  # how much of the steps' conditioning is computed at a time
 
 
@@ -117,18 +121,22 @@ class DiTPipeline(DiffusionPipeline):
         class_ids = check_class_ids(class_labels, self.transformer.config.num_embeds_ada_norm)
         class_ids = [class_id for class_id in class_ids for _ in range(num_images_per_label)]
         shape = self.latents_shape(len(class_ids), height, width)
-        self.check_call(shape, generator, output_type, latents, guidance_channels, guidance_interval,
-                        callback_on_step_end_tensor_inputs)
+        generator = list(generator) if isinstance(generator, tuple) else generator
+        tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs) or ()
+        self.check_call(shape, generator, output_type, latents, guidance_channels, guidance_interval, tensor_inputs)
         timesteps = set_timesteps(self.scheduler, num_inference_steps, timesteps, sigmas)
         guided = guided_steps(timesteps, self.scheduler.alphas_cumprod, guidance_scale, guidance_interval)
+        arguments = step_arguments(self.scheduler, len(class_ids), generator, eta)
 
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.transformer.dtype)
         latents = latents.to(self._execution_device, self.transformer.dtype) * self.scheduler.init_noise_sigma
-        arguments = step_arguments(self.scheduler, len(class_ids), generator, eta)
+        self.num_timesteps = len(timesteps)  # for diffusers' callbacks
 
         steps = zip(self.progress_bar(timesteps), guided, self.conditionings(class_ids, guided, timesteps))
         for step, (timestep, is_guided, conditioning) in enumerate(steps):
+            if step == 0 or is_guided != guided[step - 1]:
+                self.reset_cache()  # what a cache knows of a guided step says nothing of an unguided one
             latent_input = self.scheduler.scale_model_input(latents, timestep)  # (batch, channels, height, width)
             latent_input = latent_input.to(self.transformer.dtype)
             if is_guided:
@@ -143,10 +151,10 @@ class DiTPipeline(DiffusionPipeline):
                 prediction = torch.cat([prediction, variance], dim=1)  # (batch, 2 * channels, height, width)
             latents = self.scheduler.step(prediction, timestep, latents, **arguments).prev_sample
             if callback_on_step_end is not None:
-                changes = callback_on_step_end(self, step, timestep, {"latents": latents})
+                changes = callback_on_step_end(self, step, timestep, dict.fromkeys(tensor_inputs, latents))
                 latents = (changes or {}).get("latents", latents)
 
-        images = latents if output_type == "latent" else self.decode(latents)  # (batch, 3, height, width) in 0..1
+        images = latents if output_type == "latent" else self.decode(latents, generator)  # (batch, 3, height, width)
         if output_type in ("np", "pil"):
             images = images.cpu().permute(0, 2, 3, 1).float().numpy()  # (batch, height, width, 3)
         if output_type == "pil":
@@ -157,6 +165,8 @@ class DiTPipeline(DiffusionPipeline):
     @property
     def vae_scale_factor(self) -> int:
         """How many pixels a latent is high and wide; 8 in the published models."""
+        if hasattr(self.vae, "spatial_compression_ratio"):  # AutoencoderDC
+            return self.vae.spatial_compression_ratio
         config = self.vae.config if self.vae is not None else {}
         return 2 ** (len(config.get("block_out_channels") or config.get("decoder_block_out_channels") or [0] * 4) - 1)
 
@@ -172,6 +182,8 @@ class DiTPipeline(DiffusionPipeline):
                 patch = self.vae_scale_factor * config.patch_size
                 raise ValueError(f"{name}={pixels} is not a multiple of {patch} pixels, the size of one patch")
             sizes.append(int(size))
+        if sizes[0] != sizes[1] and not hasattr(self.transformer, "condition"):
+            raise ValueError(f"{type(self.transformer).__name__} of diffusers makes square pictures alone")
         return batch_size, config.in_channels, *sizes
 
     def check_call(self, shape: tuple[int, int, int, int], generator, output_type: str, latents: torch.Tensor | None,
@@ -186,23 +198,37 @@ class DiTPipeline(DiffusionPipeline):
         require_schedule(self.scheduler, self.transformer.config.out_channels or shape[1], shape[1])
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators were given for {shape[0]} pictures")
-        if latents is not None and latents.shape != shape:
-            raise ValueError(f"latents are {tuple(latents.shape)}; for these pictures they must be {shape}")
+        if latents is not None and getattr(latents, "shape", None) != shape:
+            found = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
+            raise ValueError(f"latents are {found}; for these pictures they must be a tensor of {shape}")
         if guidance_channels is not None and guidance_channels not in range(1, shape[1] + 1):
             raise ValueError(f"guidance_channels={guidance_channels!r} is not in 1..{shape[1]}")
-        if guidance_interval is not None and not 0 <= guidance_interval[0] < guidance_interval[1]:
+        if guidance_interval is not None and not (
+                len(guidance_interval) == 2 and 0 <= guidance_interval[0] < guidance_interval[1]):
             raise ValueError(f"guidance_interval={guidance_interval!r} is not (lower, higher) sigma, 0 or more")
-        if list(tensor_inputs) != ["latents"]:
-            raise ValueError(f"callback_on_step_end_tensor_inputs={tensor_inputs!r}: this pipeline has ['latents']")
+        if not set(tensor_inputs) <= set(self._callback_tensor_inputs):
+            raise ValueError(f"the callback wants {list(tensor_inputs)}; this pipeline has {self._callback_tensor_inputs}")
 
     def check_vae(self, latent_channels: int):
         """Raise a ValueError, in one line, unless there is a VAE that decodes latents of that many channels."""
         if self.vae is None:
             raise ValueError("this pipeline has no VAE to decode with; load it with vae=..., or use output_type='latent'")
-        decoded = self.vae.config.get("latent_channels")
+        name, decoded = type(self.vae).__name__, self.vae.config.get("latent_channels")
         if decoded != latent_channels or "scaling_factor" not in self.vae.config:
-            raise ValueError(f"the VAE, {type(self.vae).__name__}, does not fit: it decodes latents of {decoded} channels, "
+            raise ValueError(f"the VAE, {name}, does not fit: it decodes latents of {decoded} channels, "
                              f"the transformer makes {latent_channels}")
+        if self.vae.config.get("latents_mean") or self.vae.config.get("latents_std"):
+            raise ValueError(f"the VAE, {name}, does not fit: its latents_mean and latents_std are not undone here")
+        _, *more = inspect.signature(self.vae.decode).parameters.values()
+        needed = [parameter.name for parameter in more if parameter.default is parameter.empty
+                  and parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        if needed:
+            raise ValueError(f"the VAE, {name}, does not fit: it does not decode without {', '.join(needed)}")
+
+    def reset_cache(self):
+        """Make a cache of the transformer forget the calls before, which an exception may have cut short."""
+        if hasattr(self.transformer, "_reset_stateful_cache"):
+            self.transformer._reset_stateful_cache()
 
     def cache_context(self, name: str):
         """The context in which a cache of the transformer keeps what it knows of calls of this kind."""
@@ -226,23 +252,28 @@ class DiTPipeline(DiffusionPipeline):
             return
 
         distinct, rows = torch.tensor(class_ids).unique(return_inverse=True)  # (classes,), (batch or 2 * batch,)
-        tower = self.transformer.proj_out_1.weight
-        tower_device = device if tower.device.type == "meta" else tower.device  # offloaded weights may wait on the CPU
-        floats_a_class = (6 * len(self.transformer.transformer_blocks) + 2) * tower.shape[1]
-        chunk = max(1, CONDITIONING_BYTES // (len(distinct) * floats_a_class * tower.element_size()))
-        rows, distinct = rows.to(device), distinct.to(tower_device)
-        guided = iter(guided)
-        for part in timesteps.float().to(tower_device).split(chunk):
+        tower = self.transformer.proj_out_1
+        floats_a_class = (6 * len(self.transformer.transformer_blocks) + 2) * tower.in_features
+        chunk = max(1, CONDITIONING_BYTES // (len(distinct) * floats_a_class * tower.weight.element_size()))
+        rows, guided = rows.to(device), iter(guided)
+        for part in timesteps.float().split(chunk):
+            at = tower.weight.device  # offloaded weights may wait on the CPU, and come to the device with the first step
+            at = device if at.type == "meta" else at
+            part, distinct = part.to(at), distinct.to(at)
             conditioning = self.transformer.condition(part.repeat_interleave(len(distinct)), distinct.repeat(len(part)))
             conditioning = type(conditioning)(*(tensor.to(device) for tensor in conditioning))
             for step in range(len(part)):
                 wanted = rows if next(guided) else rows[:batch]
                 yield {"conditioning": conditioning.rows(wanted + step * len(distinct))}
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (batch, channels, height, width) to pictures (batch, 3, 8 * height, 8 * width) in 0..1."""
+    def decode(self, latents: torch.Tensor, generator=None) -> torch.Tensor:
+        """Latents (batch, channels, height, width) to pictures (batch, 3, 8 * height, 8 * width) in 0..1.
+
+        `generator` is for those VAEs whose decoder draws noise.
+        """
         latents = 1 / self.vae.config.scaling_factor * latents + (self.vae.config.get("shift_factor") or 0)
         # Channels last through the whole decoder: on a CPU the convolutions then need no copies in another layout.
         latents = latents.to(self.vae.dtype, memory_format=torch.channels_last)
-        samples = self.vae.decode(latents).sample
+        draws = "generator" in inspect.signature(self.vae.decode).parameters
+        samples = self.vae.decode(latents, **({"generator": generator} if draws else {})).sample
         return (samples / 2 + 0.5).clamp(0, 1)

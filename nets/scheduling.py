@@ -36,7 +36,8 @@ def make_scheduler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
 
     if name == "ddpm-learned":
         return paper_scheduler(scheduler)
-    return getattr(diffusers, SCHEDULERS[name]).from_config(scheduler.config)
+    config = {key: value for key, value in scheduler.config.items() if key != "variance_type"}  # which is another class's
+    return getattr(diffusers, SCHEDULERS[name]).from_config(config)
 
 
 def paper_scheduler(scheduler: SchedulerMixin) -> DDPMScheduler:
@@ -53,14 +54,20 @@ def require_schedule(scheduler: SchedulerMixin, out_channels: int, latent_channe
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(f"{name} has no schedule of betas; a DiT predicts the noise of one, and this scheduler is for "
                          "models of another parameterisation (EDM's preconditioning, flow matching)")
+    if learns_variance(scheduler) and name != "DDPMScheduler":
+        raise ValueError(f"{name} takes a learned variance beside three channels alone; make it with variance_type=None")
     if learns_variance(scheduler) and out_channels != 2 * latent_channels:
         raise ValueError(f"{name} with variance_type={scheduler.config.variance_type!r} needs a model with a learned "
                          f"variance, {2 * latent_channels} output channels; this one has {out_channels}")
 
 
 def learns_variance(scheduler: SchedulerMixin) -> bool:
-    """Whether the scheduler's step takes the network's variance beside its noise."""
-    return scheduler.config.get("variance_type") in ("learned", "learned_range")
+    """Whether the scheduler's step takes the network's variance beside its noise.
+
+    A config keeps the `variance_type` of the class that it was made for; it counts if this class knows it.
+    """
+    known = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
+    return known and scheduler.config.get("variance_type") in ("learned", "learned_range")
 
 
 def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, timesteps: list[int] | None = None,
@@ -69,6 +76,8 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, timesteps
 
     Raises ValueError for both lists, or one that this scheduler does not take.
     """
+    if timesteps is None and sigmas is None and num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps={num_inference_steps} must be 1 or more")
     given = {name: value for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None}
     if len(given) > 1:
         raise ValueError("timesteps and sigmas cannot both be given")
@@ -83,16 +92,19 @@ def step_arguments(scheduler: SchedulerMixin, batch_size: int, generator=None, e
     """What the scheduler's `step` takes beside the prediction: the generator of its noise, and DDIM's eta.
 
     `generator` is one for all pictures or a list of one for each. A scheduler with a noise source of its own gets its seeds
-    from there. Raises ValueError for an `eta` that the scheduler does not take.
+    from there; without a generator it keeps its own. Raises ValueError for an `eta` that is not in 0..1 or that the
+    scheduler does not take.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta} is not in 0..1")
     parameters = inspect.signature(scheduler.step).parameters
     if eta and "eta" not in parameters:
         raise ValueError(f"{type(scheduler).__name__} does not take eta={eta}; DDIMScheduler does")
-    if hasattr(scheduler, "noise_sampler_seed"):
-        import torch  # DPMSolverSDEScheduler: a Brownian tree for each picture
+    if hasattr(scheduler, "noise_sampler_seed"):  # DPMSolverSDEScheduler: a Brownian tree for each picture
+        import torch
 
         generators = generator if isinstance(generator, list) else [generator] * batch_size
-        scheduler.noise_sampler_seed = [
-            int(torch.randint(2**62, (), generator=one, device=one.device if one else "cpu")) for one in generators]
+        scheduler.noise_sampler_seed = scheduler.config.noise_sampler_seed if generator is None else [
+            int(torch.randint(2**62, (), generator=one, device=one.device)) for one in generators]
     arguments = {"generator": generator, "eta": eta}
     return {name: value for name, value in arguments.items() if name in parameters}

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.hooks import TaylorSeerCacheConfig
+from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.model_loading_utils import load_state_dict
@@ -190,18 +190,26 @@ class Transformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
 
         Works here with `FirstBlockCacheConfig` and `TaylorSeerCacheConfig`; the latter, where it names no modules itself,
         caches each block's attention and MLP, and in its lite mode whole blocks and the output.
-        Raises ValueError for a config that no module of this network matches: it would silently do nothing.
+        Raises ValueError for another config, and for one that no module of this network matches: it would do nothing.
         """
+        if not isinstance(config, FirstBlockCacheConfig | TaylorSeerCacheConfig):
+            raise ValueError(f"{type(config).__name__} does not work with this network; use FirstBlockCacheConfig or "
+                             "TaylorSeerCacheConfig")
         TransformerBlockRegistry.register(BasicTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
         if isinstance(config, TaylorSeerCacheConfig) and config.use_lite_mode:
             config = replace(config, use_lite_mode=False, skip_predict_identifiers=[r"transformer_blocks\.\d+"],
                              cache_identifiers=["proj_out_2"])
         elif isinstance(config, TaylorSeerCacheConfig) and not config.cache_identifiers:
             config = replace(config, cache_identifiers=[r"transformer_blocks\.\d+\.(attn1|ff)"])
+        hooks_before = self.count_hooks()
         super().enable_cache(config)
-        if not any(getattr(module, "_diffusers_hook", None) and module._diffusers_hook.hooks for module in self.modules()):
+        if self.count_hooks() == hooks_before:
             self.disable_cache()
             raise ValueError(f"{config} matches no module of this network, so that nothing would be cached")
+
+    def count_hooks(self) -> int:
+        """How many of diffusers' hooks the modules of this network have."""
+        return sum(len(module._diffusers_hook.hooks) for module in self.modules() if hasattr(module, "_diffusers_hook"))
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):

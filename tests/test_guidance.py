@@ -91,6 +91,12 @@ def test_noise_levels_are_eulers_sigmas_between_whole_timesteps_too():
     torch.testing.assert_close(noise_level(whole, scheduler.alphas_cumprod), expected)
 
 
+def test_an_infinite_noise_level_is_one():
+    alphas_cumprod = torch.tensor([0.5, 0.2, 0.0])
+    assert noise_level(torch.tensor([2.0, 0.0]), alphas_cumprod).tolist() == [float("inf"), 1.0]
+    assert guided_steps(torch.tensor([2, 0]), alphas_cumprod, 2.0, (0, float("inf"))) == [True, True]
+
+
 def test_an_interval_guides_the_noise_levels_over_the_lower_and_up_to_the_higher_end():
     alphas_cumprod = 1 / (1 + torch.tensor([0.5, 1.0, 2.0, 4.0]) ** 2)  # sigma 0.5, 1, 2, 4 at t = 0, 1, 2, 3
     timesteps = torch.tensor([3, 2, 1, 0])

@@ -334,7 +334,9 @@ def test_other_square_sizes_are_upstreams_where_upstream_can(size, random_pair):
 @pytest.mark.parametrize("arguments, message", [
     ({"output_type": "jpeg"}, "'jpeg' is not supported"), ({"height": 17}, "height=17 is not a multiple of 4 pixels"),
     ({"width": 0}, "width=0 is not a multiple"), ({"num_images_per_label": 0}, "must be 1 or more"),
-    ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents are \(1, 4, 8, 8\); for these pictures they must be \(2, 4, 8, 8\)"),
+    ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents are \(1, 4, 8, 8\); for .* must be a tensor of \(2, 4, 8, 8\)"),
+    ({"latents": [0.0]}, "latents are list"), ({"steps": 0}, "num_inference_steps=0 must be 1 or more"),
+    ({"eta": 2}, r"eta=2 is not in 0\.\.1"), ({"guidance_interval": (3,)}, r"guidance_interval=\(3,\) is not"),
     ({"generator": [torch.Generator()]}, "1 generators were given for 2 pictures"),
     ({"guidance_interval": (3, 1)}, r"guidance_interval=\(3, 1\) is not"),
     ({"guidance_channels": 2.5}, r"guidance_channels=2\.5 is not in 1\.\.4"),
@@ -375,6 +377,58 @@ def test_a_vae_whose_latents_do_not_fit_is_refused_before_any_work(pipeline):
     with pytest.raises(ValueError, match=r"AutoencoderKL, does not fit: it decodes latents of 16 channels, .* makes 4$"):
         made(pipeline, output_type="np")
     assert made(pipeline).shape == (2, 4, 8, 8)
+
+
+def test_a_vae_that_needs_more_than_latents_is_refused_before_any_work(pipeline):
+    pipeline.vae = diffusers.AutoencoderKLTemporalDecoder(block_out_channels=(32,), latent_channels=4)
+    with pytest.raises(ValueError, match=r"it does not decode without num_frames$"):
+        made(pipeline, output_type="np")
+    pipeline.vae = tiny_vae()
+    pipeline.vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[2.0] * 4)
+    with pytest.raises(ValueError, match=r"latents_mean and latents_std are not undone here$"):
+        made(pipeline, output_type="np")
+
+
+def test_the_generator_reaches_a_decoder_that_draws_noise(pipeline, monkeypatch):
+    seen = []
+    decode = pipeline.vae.decode
+    monkeypatch.setattr(pipeline.vae, "decode", lambda latents, generator=None: seen.append(generator) or decode(latents))
+    generator = torch.Generator().manual_seed(0)
+    made(pipeline, output_type="np", generator=generator)
+    assert seen == [generator]
+
+
+def test_diffusers_callback_objects_are_asked_for_their_tensors(pipeline):
+    class Halve(diffusers.callbacks.PipelineCallback):
+        tensor_inputs = ["latents"]
+
+        def callback_fn(self, pipe, step, timestep, tensors):
+            assert pipe.num_timesteps == 4
+            return {"latents": tensors["latents"] * (0 if step == pipe.num_timesteps - 1 else 1)}
+
+    assert not made(pipeline, callback_on_step_end=Halve(cutoff_step_ratio=None, cutoff_step_index=0)).any()
+    with pytest.raises(ValueError, match=r"the callback wants \['prompt_embeds'\]; this pipeline has \['latents'\]$"):
+        made(pipeline, callback_on_step_end=diffusers.callbacks.SDCFGCutoffCallback(0.5))
+
+
+def test_upstreams_transformer_is_refused_for_what_it_cannot_do(random_pair):
+    pipeline = DiTPipeline(upstream_model(**TINY), tiny_vae(), diffusers.DDIMScheduler(clip_sample=False))
+    with pytest.raises(ValueError, match="DiTTransformer2DModel of diffusers makes square pictures alone"):
+        pipeline([3], height=16, width=24)
+
+
+def test_conditioning_follows_a_model_that_moves_to_the_device_with_its_first_step(pipeline, monkeypatch):
+    """As under model_cpu_offload, where the weights reach the GPU in the first call of the network; the device is meta."""
+    asked, condition = [], pipeline.transformer.condition
+    monkeypatch.setattr(nets.pipeline, "CONDITIONING_BYTES", 1)
+    monkeypatch.setattr(type(pipeline), "_execution_device", torch.device("meta"))
+    monkeypatch.setattr(pipeline.transformer, "condition", lambda timestep, labels: (
+        asked.append((timestep.device.type, labels.device.type)), condition(timestep, labels))[1])
+    chunks = pipeline.conditionings([3], [False] * 2, torch.tensor([9, 5]))
+    next(chunks)
+    pipeline.transformer.to("meta")
+    next(chunks)
+    assert asked == [("cpu", "cpu"), ("meta", "meta")]
 
 
 def test_compiled_blocks_make_the_same_picture(pipeline):

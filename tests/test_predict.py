@@ -142,7 +142,7 @@ def test_like_of_a_picture_with_a_damaged_recipe_is_refused(changes, capsys, tmp
 
 
 def test_like_refuses_options_that_the_picture_settles(capsys):
-    for more, named in ((["bag"], "names"), (["--seed", "9"], "seed"), (["--images-per-class", "2"], "images_per_class")):
+    for more, named in ((["bag"], "names"), (["--seed", "42"], "seed"), (["--images-per-class", "2"], "images_per_class")):
         status, _, error = run(capsys, *more, "--like", "any.png")
         assert status == 2 and named in error
 
@@ -227,8 +227,9 @@ def test_the_papers_preset_is_its_options_spelled_out(capsys, monkeypatch, tmp_p
     first, spelled, again = (np.asarray(Image.open(tmp_path / folder / "bag-seed42.png"))
                              for folder in ("preset", "spelled", "again"))
     assert np.array_equal(first, spelled) and np.array_equal(first, again)
-    status, _, error = run(capsys, "bag", "--preset", "paper", "--steps", 10)
-    assert status == 2 and "--preset paper sets steps; leave it out" in error
+    for option, value in (("steps", 10), ("steps", 25), ("guidance-scale", 4), ("scheduler", "dpm")):
+        status, _, error = run(capsys, "bag", "--preset", "paper", f"--{option}", value)
+        assert status == 2 and f"--preset paper sets {option.replace('-', '_')}; leave it out" in error
 
 
 def test_the_papers_preset_is_that_of_the_library():

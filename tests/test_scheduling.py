@@ -6,7 +6,7 @@ import torch
 from conftest import ROOT, tiny_pipeline
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
-from nets.scheduling import PAPER_SAMPLING, learns_variance, paper_scheduler, set_timesteps
+from nets.scheduling import PAPER_SAMPLING, SCHEDULERS, learns_variance, make_scheduler, paper_scheduler, set_timesteps
 
 WORKING = [scheduler.name for scheduler in KarrasDiffusionSchedulers if scheduler.name != "EDMEulerScheduler"]
 STOCHASTIC = ["DDPMScheduler", "DPMSolverSDEScheduler", "EulerAncestralDiscreteScheduler",
@@ -94,6 +94,32 @@ def test_a_learned_variance_that_the_model_lacks_is_refused():
     pipeline = with_scheduler(tiny_pipeline(out_channels=None), "DDPMScheduler", variance_type="learned_range")
     with pytest.raises(ValueError, match=r"learned_range.* needs a model with a learned variance, 8 .* has 4$"):
         pipeline([3])
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_a_scheduler_made_after_the_papers_does_not_inherit_its_variance(name, pipeline):
+    short = next(short for short, class_name in SCHEDULERS.items() if class_name == name)
+    expected = latents(with_scheduler(pipeline, name), [3], *seeded(0))
+    pipeline.scheduler = make_scheduler(short, paper_scheduler(pipeline.scheduler))
+    assert not learns_variance(pipeline.scheduler) and latents(pipeline, [3], *seeded(0)).shape == expected.shape
+    if name in ("EulerDiscreteScheduler", "DDIMScheduler", "UniPCMultistepScheduler"):
+        pipeline.scheduler = getattr(diffusers, name).from_config(paper_scheduler(pipeline.scheduler).config)
+        assert latents(pipeline, [3], *seeded(0)).shape == expected.shape
+
+
+def test_a_solver_that_cuts_a_learned_variance_for_three_channels_is_refused(pipeline):
+    with_scheduler(pipeline, "DPMSolverMultistepScheduler", variance_type="learned_range")
+    with pytest.raises(ValueError, match=r"^DPMSolverMultistepScheduler takes .* make it with variance_type=None$"):
+        pipeline([3])
+
+
+def test_without_a_generator_a_scheduler_keeps_its_own_seed(pipeline):
+    with_scheduler(pipeline, "DPMSolverSDEScheduler", noise_sampler_seed=5)
+    noise = torch.randn(1, 4, 8, 8)
+    first, again = (latents(pipeline, [3], None, latents=noise) for _ in range(2))
+    assert torch.equal(first, again)
+    latents(pipeline, [3], *seeded(0), latents=noise)
+    assert torch.equal(latents(pipeline, [3], None, latents=noise), first)
 
 
 def test_the_papers_sampler_has_the_models_betas(small_model):

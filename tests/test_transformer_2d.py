@@ -152,9 +152,33 @@ def test_caches_really_skip_work_and_forget_it_between_calls(config, skipped):
 
 def test_a_cache_that_would_do_nothing_is_refused():
     model = Transformer2DModel(**TINY)
+    model.enable_layerwise_casting(torch.float16, torch.float32)  # hooks of another kind
     with pytest.raises(ValueError, match="matches no module of this network"):
         model.enable_cache(diffusers.TaylorSeerCacheConfig(cache_identifiers=["blocks"]))
+    with pytest.raises(ValueError, match="FasterCacheConfig does not work with this network"):
+        model.enable_cache(diffusers.FasterCacheConfig())
     assert not model.is_cache_enabled
+
+
+@pytest.mark.parametrize("config", [diffusers.FirstBlockCacheConfig(threshold=10), diffusers.TaylorSeerCacheConfig()],
+                         ids=["first block", "taylor"])
+def test_a_call_that_was_cut_short_leaves_nothing_in_the_cache(config):
+    from conftest import tiny_pipeline
+
+    def stop(pipe, step, timestep, tensors):
+        if step == 6:
+            raise KeyboardInterrupt
+
+    def latents(labels, **arguments):
+        return pipeline(labels, generator=torch.Generator().manual_seed(0), num_inference_steps=10, output_type="latent",
+                        **arguments).images
+
+    pipeline = tiny_pipeline(num_layers=3)
+    pipeline.transformer.enable_cache(config)
+    expected = latents([3])
+    with pytest.raises(KeyboardInterrupt):
+        latents([3, 4], callback_on_step_end=stop)
+    assert torch.equal(latents([3]), expected)
 
 
 def test_upstreams_default_taylor_cache_matches_nothing_of_upstreams_network():
