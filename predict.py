@@ -44,7 +44,7 @@ def main(argv=None) -> int:
 
 def run(arguments):
     """Load the model, make the pictures, write them."""
-    arguments.model = arguments.model or (XL_MODEL if (MODEL_DATA / XL_MODEL).is_dir() else SMALL_MODEL)
+    arguments.model = arguments.model or model_name()
     class_ids, index = read_recipe(arguments) if arguments.like else (None, None)
     folder, id2label = find_model(arguments.model, arguments.revision)
     if arguments.list_classes is not None:
@@ -177,6 +177,11 @@ def interval(text):
     if not 0 <= low < high:
         raise argparse.ArgumentTypeError(f"{text} is not LOW,HIGH with 0 <= LOW < HIGH")
     return low, high
+
+
+def model_name():
+    """The model when none is named: the published one if it is there, else the small one that ships."""
+    return XL_MODEL if (MODEL_DATA / XL_MODEL).is_dir() else SMALL_MODEL
 
 
 def find_model(model, revision=None):

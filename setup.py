@@ -1,4 +1,4 @@
-"""Installs the library `nets`, and the commands `dit-predict` and `dit-convert` with the small model."""
+"""Installs the library `nets`, and the commands `dit-predict`, `dit-sample` and `dit-convert` with the small model."""
 
 import re
 from pathlib import Path
@@ -22,5 +22,6 @@ setup(
                                 "model_data/fashion-mnist-32/*/*"]},
     install_requires=["torch>=2.6", "diffusers>=0.42,<0.43", "accelerate>=1.0", "safetensors>=0.4", "numpy>=1.26",
                       "pillow>=10"],
-    entry_points={"console_scripts": ["dit-predict=dit_verbs.predict:main", "dit-convert=dit_verbs.convert:main"]},
+    entry_points={"console_scripts": ["dit-predict=dit_verbs.predict:main", "dit-convert=dit_verbs.convert:main",
+                                      "dit-sample=dit_verbs.sample:main"]},
 )

@@ -1,0 +1,143 @@
+"""Thousands of pictures into a folder, by one process or many, to be interrupted and taken up again at will.
+
+    python sample.py --num 50000 --output runs/samples --npz
+    accelerate launch --num_processes 8 sample.py --num 50000 --output runs/samples --npz
+"""
+
+import argparse
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+if __package__:  # installed
+    from dit_verbs import predict
+else:
+    import predict
+
+# What settles every picture, beside the weights: two runs that differ in one of these make different pictures.
+SETTINGS = ("steps", "guidance_scale", "guidance_channels", "guidance_interval", "scheduler", "dtype", "seed")
+
+
+def main(argv=None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for what can be mended, such as a full disk, 130 if stopped."""
+    try:
+        run(parse_arguments(argv))
+    except (OSError, ValueError) as error:
+        print(f"{Path(sys.argv[0]).name}: {predict.first_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_arguments(argv):
+    """The command line as a namespace; argparse ends the program with status 2 where a value is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num", type=predict.whole_number(1, 10**8), required=True, help="how many pictures")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR",
+                        help="a new or empty folder, or one to go on with")
+    parser.add_argument("--batch-size", type=predict.whole_number(1, 10_000), default=32,
+                        help="of one process (default 32)")
+    parser.add_argument("--labels", default="uniform", metavar="HOW",
+                        help="uniform: a class drawn for each picture (default); balanced: all classes in turn; "
+                             "NAME,NAME,...: these in turn; or a text file with a name or an id a line")
+    parser.add_argument("--npz", action="store_true", help="write samples.npz for the ADM evaluator too")
+    predict.add_picture_options(parser)
+    parser.add_argument("--seed", type=predict.whole_number(0, 2**63 - 1), default=0, help="0 or more (default 0)")
+    return predict.parse_picture_options(parser, argv)[0]
+
+
+def run(arguments):
+    """Find out what is missing, make this process's share of it, and let the first process put the whole together."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+    from tqdm import tqdm
+
+    from nets.sampling import PictureWriter, gather_manifest, open_folder, picture_generator, picture_label, write_npz
+
+    arguments.model = arguments.model or predict.model_name()
+    state = PartialState(cpu=arguments.device == "cpu")
+    arguments.device = str(state.device) if arguments.device == "auto" else arguments.device
+    folder, id2label = predict.find_model(arguments.model, arguments.revision)
+    pipeline, _ = predict.load_pipeline(folder, arguments)
+    pipeline.set_progress_bar_config(disable=True)
+    classes = pipeline.transformer.config.num_embeds_ada_norm
+    labels = read_labels(arguments.labels, id2label, classes)
+
+    message = [None, None]
+    if state.is_main_process:
+        try:
+            settings = {**{name: getattr(arguments, name) for name in SETTINGS}, "labels": labels,
+                        "weights": fingerprint(pipeline)}
+            done = open_folder(arguments.output, {key: value if not isinstance(value, tuple) else list(value)
+                                                  for key, value in settings.items()})
+            message = [[index for index in range(arguments.num) if index not in done], None]
+        except (OSError, ValueError) as error:
+            message = [None, str(error)]
+    missing, refusal = broadcast_object_list(message)
+    if refusal:
+        raise ValueError(refusal)
+    if state.is_main_process:
+        print(f"model {arguments.model} · {state.num_processes} x {arguments.device} {arguments.dtype} · "
+              f"{arguments.scheduler}, {arguments.steps} steps, guidance {arguments.guidance_scale:g} · seed "
+              f"{arguments.seed} · {len(missing)} of {arguments.num} pictures to make", flush=True)
+
+    mine = missing[state.process_index::state.num_processes]
+    started = time.perf_counter()
+    bar = tqdm(total=len(missing), unit="picture", disable=not state.is_main_process)
+    try:
+        with PictureWriter(arguments.output, state.process_index, ahead=2 * arguments.batch_size) as writer:
+            for start in range(0, len(mine), arguments.batch_size):
+                batch = mine[start:start + arguments.batch_size]
+                class_ids = [picture_label(labels, classes, arguments.seed, index) for index in batch]
+                generators = [picture_generator(arguments.seed, index) for index in batch]
+                pictures = pipeline(class_ids, generator=generators, **predict.picture_arguments(arguments)).images
+                for index, class_id, picture in zip(batch, class_ids, pictures):
+                    writer.put(picture, {"index": index, "class": class_id, "seed": arguments.seed})
+                bar.update(min(len(batch) * state.num_processes, bar.total - bar.n))
+    except OSError as error:
+        raise OSError(f"cannot write into {arguments.output}: {predict.first_line(error)}; what is there is whole, and the "
+                      "same command goes on from it") from error
+    state.wait_for_everyone()
+    bar.close()
+    if not state.is_main_process:
+        return
+    done = gather_manifest(arguments.output)
+    lost = [index for index in range(arguments.num) if index not in done]
+    if lost:
+        raise OSError(f"{len(lost)} pictures of {arguments.output} were removed or damaged meanwhile; start again to make "
+                      "them")
+    if missing:
+        print(f"{len(missing)} pictures, {len(missing) / (time.perf_counter() - started):.2f} a second")
+    if arguments.npz:
+        write_npz(arguments.output, arguments.num, arguments.output / "samples.npz")
+        print(arguments.output / "samples.npz")
+    print(f"{arguments.output}: {arguments.num} pictures, {len(done)} in the manifest")
+
+
+def read_labels(how, id2label, classes):
+    """"uniform", "balanced", or the list of class ids that --labels names."""
+    from nets.labels import check_class_ids, find_label_ids
+
+    if how in ("uniform", "balanced"):
+        return how
+    names = Path(how).read_text().splitlines() if Path(how).is_file() else how.split(",")
+    return check_class_ids(find_label_ids([name.strip() for name in names if name.strip()], id2label), classes)
+
+
+def fingerprint(pipeline):
+    """SHA-256 over the weights of transformer and VAE, which tells whether two folders hold the same model."""
+    import torch
+
+    digest = hashlib.sha256()
+    for part in (pipeline.transformer, pipeline.vae):
+        for name, tensor in sorted(part.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

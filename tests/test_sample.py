@@ -1,0 +1,148 @@
+"""sample.py: the same pictures whatever the batch size, the number of processes and the interruptions."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, tiny_pipeline
+
+import sample
+from nets.sampling import picture_path
+
+OPTIONS = ["--num", "40", "--steps", "2", "--guidance-scale", "2", "--device", "cpu"]
+
+
+def run(*arguments):
+    return sample.main([str(argument) for argument in arguments])
+
+
+def pictures(folder, count=40):
+    with np.load(folder / "samples.npz") as archive:
+        assert archive["arr_0"].shape == (count, 32, 32, 3)
+        return archive["arr_0"].astype(int)
+
+
+def labels(folder):
+    return [json.loads(line)["class"] for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run of 40 pictures in batches of 16."""
+    folder = tmp_path_factory.mktemp("sample") / "out"
+    assert run(*OPTIONS, "--batch-size", 16, "--npz", "--output", folder) == 0
+    return folder
+
+
+def start(folder, *launcher):
+    """The same run as a program of its own, in batches of 4."""
+    command = [sys.executable, *launcher, ROOT / "sample.py", *OPTIONS, "--batch-size", "4", "--npz", "--output", folder]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def same(folder, other):
+    return labels(folder) == labels(other) and np.abs(pictures(folder) - pictures(other)).max() <= 1
+
+
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_the_batch_size_changes_nothing(batch_size, uninterrupted, tmp_path):
+    assert run(*OPTIONS, "--batch-size", batch_size, "--npz", "--output", tmp_path / "out") == 0
+    assert same(tmp_path / "out", uninterrupted)
+    assert len(set(labels(uninterrupted))) > 5 and np.ptp(pictures(uninterrupted)[0]) > 50
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm-learned", "dpm-sde"])
+def test_nor_under_a_scheduler_that_draws_noise(scheduler, tmp_path):
+    for batch_size in (3, 8):
+        options = ["--num", 8, "--steps", 3, "--scheduler", scheduler, "--device", "cpu", "--npz"]
+        assert run(*options, "--batch-size", batch_size, "--output", tmp_path / str(batch_size)) == 0
+    assert np.abs(pictures(tmp_path / "3", 8) - pictures(tmp_path / "8", 8)).max() <= 1
+
+
+def test_nor_the_number_of_processes(uninterrupted, tmp_path):
+    process = start(tmp_path / "out", "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+                    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "2 x cpu" in output and same(tmp_path / "out", uninterrupted)
+
+
+def test_nor_being_killed_again_and_again(uninterrupted, tmp_path):
+    folder = tmp_path / "out"
+    for done in (4, 12, 24):
+        process = start(folder)
+        while process.poll() is None and len(list(folder.glob("*/*.png"))) < done:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not (folder / "samples.npz").exists()
+        for path in folder.glob("*/*.png"):  # what has its final name is whole
+            assert path.read_bytes() == (uninterrupted / path.relative_to(folder)).read_bytes() or same_picture(
+                path, uninterrupted / path.relative_to(folder))
+    process = start(folder)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert " of 40 pictures to make" in output and "40 of 40" not in output
+    assert same(folder, uninterrupted) and not list(folder.rglob("*.part"))
+
+
+def same_picture(path, other):
+    from PIL import Image
+
+    return np.abs(np.asarray(Image.open(path)).astype(int) - np.asarray(Image.open(other))).max() <= 1
+
+
+def test_what_was_removed_or_damaged_is_made_again_and_nothing_else(uninterrupted, tmp_path, capsys):
+    folder = tmp_path / "out"
+    run(*OPTIONS, "--output", folder)
+    (folder / picture_path(5)).unlink()
+    (folder / picture_path(9)).write_bytes(b"damaged")
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.png")}
+    capsys.readouterr()
+    assert run(*OPTIONS, "--npz", "--output", folder) == 0
+    assert "2 of 40 pictures to make" in capsys.readouterr().out and same(folder, uninterrupted)
+    changed = {path.name for path in folder.glob("*/*.png") if before.get(path) != path.stat().st_mtime_ns}
+    assert changed == {"00000005.png", "00000009.png"}
+
+
+def test_more_pictures_go_on_from_those_that_are_there(uninterrupted, tmp_path, capsys):
+    run(*OPTIONS, "--num", 20, "--output", tmp_path / "out")
+    capsys.readouterr()
+    run(*OPTIONS, "--npz", "--output", tmp_path / "out")
+    assert "20 of 40 pictures to make" in capsys.readouterr().out and same(tmp_path / "out", uninterrupted)
+
+
+def test_a_folder_of_other_pictures_is_refused_in_one_line(tmp_path, capsys):
+    assert run(*OPTIONS, "--num", 2, "--output", tmp_path / "out") == 0
+    for more, named in ((["--steps", 3], "steps 2 there and 3 now"), (["--seed", 1], "seed 0 there and 1 now"),
+                        (["--labels", "balanced"], "labels 'uniform' there and 'balanced' now")):
+        capsys.readouterr()
+        assert run(*OPTIONS, "--num", 2, "--output", tmp_path / "out", *more) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert named in error and "choose another folder" in error
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    assert run(*OPTIONS, "--num", 2, "--output", tmp_path / "out", "--model", tmp_path / "model") == 2
+    assert "weights" in capsys.readouterr().err
+
+
+def test_labels_by_name_by_file_and_in_turn(tmp_path):
+    (tmp_path / "labels.txt").write_text("bag\n#3\n7\n")
+    for how, expected in (("bag,ankle boot", [8, 9, 8, 9]), (tmp_path / "labels.txt", [8, 3, 7, 8]),
+                          ("balanced", [0, 1, 2, 3])):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        assert run(*OPTIONS, "--num", 4, "--labels", how, "--output", folder) == 0
+        assert labels(folder) == expected
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["--labels", "bagg"], "unknown class 'bagg'"), (["--labels", "11"], "class id 11"),
+    (["--model", "nowhere/at/all"], "nowhere/at/all"),
+])
+def test_wrong_values_get_one_line_and_nothing_is_written(arguments, named, tmp_path, capsys):
+    assert run(*OPTIONS, "--output", tmp_path / "out", *arguments) == 2
+    assert named in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()
