@@ -1,7 +1,8 @@
 """Thousands of pictures into a folder, by one process or many, to be interrupted and taken up again at will.
 
     python sample.py --num 50000 --output runs/samples --npz
-    accelerate launch --num_processes 8 sample.py --num 50000 --output runs/samples --npz
+    accelerate launch --num_processes 8 sample.py --num 50000 --output runs/samples --npz      # eight GPUs
+    torchrun --nproc_per_node 2 -- sample.py --device cpu --num 2000 --output runs/samples     # two processes on CPUs
 """
 
 import argparse

@@ -41,7 +41,7 @@ def measure(pipeline, classifier, real, steps, count):
             "frechet": frechet_distance(features, real), "network_calls": len(calls)}
 
 
-def take_times(pipeline, own, steps, rounds=3, count=20):
+def take_times(pipeline, own, steps, rounds=3, count=10):
     """Seconds a picture, and over those of DPM-Solver++ at 25 steps, the two in turn; medians."""
     times, ratios, dpm = [], [], make_scheduler("dpm", own)
     for _ in range(rounds):

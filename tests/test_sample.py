@@ -65,8 +65,7 @@ def test_nor_under_a_scheduler_that_draws_noise(scheduler, tmp_path):
 
 
 def test_nor_the_number_of_processes(uninterrupted, tmp_path):
-    process = start(tmp_path / "out", "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-                    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    process = start(tmp_path / "out", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "2 x cpu" in output and same(tmp_path / "out", uninterrupted)
