@@ -111,8 +111,8 @@ def main():
         pipeline.scheduler = make_scheduler(name, own)
         steps = 100 if name.startswith("ddpm") else 25
         pictures += to_pictures(sample(pipeline, CLASSES, GUIDANCE_SCALE, steps, seed=0)[0])
-        captions += [f"{name}, {steps}"] + [""] * (CLASSES - 1)
-    contact_sheet(pictures, captions, columns=CLASSES, smallest=64).save(arguments.docs / "schedulers.png")
+        captions += [name, f"{steps} steps"] + [""] * (CLASSES - 2)
+    contact_sheet(pictures, captions, columns=CLASSES).save(arguments.docs / "schedulers.png")
     in_order = sorted(runs, key=lambda run: list(SCHEDULERS).index(run[0]))
     rows = table({f"{name} {steps}": results[f"{name} {steps}"] for name, steps in in_order})
     page = (arguments.docs / "schedulers.md").read_text()
