@@ -372,6 +372,25 @@ def test_another_vae_whose_latents_fit_decodes_them(pipeline):
     torch.testing.assert_close(made(pipeline, output_type="pt"), (decoded / 2 + 0.5).clamp(0, 1))
 
 
+BLOCKS = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4)
+OTHER_VAES = {
+    "asymmetric": lambda: diffusers.AsymmetricAutoencoderKL(
+        down_block_out_channels=(8, 8), up_block_out_channels=(8, 8), latent_channels=4, **BLOCKS),
+    "vq": lambda: diffusers.VQModel(block_out_channels=(8, 8), latent_channels=4, num_vq_embeddings=16, **BLOCKS),
+    "dc": lambda: diffusers.AutoencoderDC(
+        latent_channels=4, attention_head_dim=2, encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock", encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ())),
+}
+
+
+@pytest.mark.parametrize("make", OTHER_VAES.values(), ids=OTHER_VAES)
+def test_diffusers_other_vaes_decode_too(make, pipeline):
+    pipeline.vae = make().eval()
+    assert pipeline.vae_scale_factor == 2
+    assert made(pipeline, output_type="pil", height=24)[0].size == (16, 24)
+
+
 def test_a_vae_whose_latents_do_not_fit_is_refused_before_any_work(pipeline):
     pipeline.vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=16)
     with pytest.raises(ValueError, match=r"AutoencoderKL, does not fit: it decodes latents of 16 channels, .* makes 4$"):
