@@ -93,8 +93,9 @@ def test_a_vae_put_beside_it_later_is_found_and_until_then_the_error_says_what_t
     assert DiTPipeline.from_pretrained(tmp_path / "folder").vae is None
     with pytest.raises(ValueError, match="has no VAE to decode with; load it with vae="):
         DiTPipeline.from_pretrained(tmp_path / "folder")([1])
+    vae = tiny_vae()
     for library in (DiTPipeline, diffusers.DiTPipeline):
-        assert library.from_pretrained(tmp_path / "folder", vae=tiny_vae()).vae is not None
+        assert library.from_pretrained(tmp_path / "folder", vae=vae).vae is vae
     tiny_vae().save_pretrained(tmp_path / "folder/vae")
     assert DiTPipeline.from_pretrained(tmp_path / "folder").vae.config.latent_channels == 4
 
