@@ -84,7 +84,7 @@ def to_folder(arguments):
 
     from nets import DiTPipeline
     from nets.checkpoint import from_original, read_config, read_original
-    from nets.loading import published_scheduler
+    from nets.scheduling import published_scheduler
 
     quiet_diffusers()
     numerics = arguments.numerics or "diffusers"

@@ -203,7 +203,7 @@ def train_dit(arguments):
 
     from nets import DiTPipeline, Transformer2DModel
     from nets.diffusion import GaussianDiffusion, linear_betas
-    from nets.loading import published_scheduler
+    from nets.scheduling import published_scheduler
 
     pictures, labels = read_fashion_mnist(arguments.data, "train")
     vae = AutoencoderKL.from_pretrained(arguments.vae).eval()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.model_loading_utils import load_state_dict
 from huggingface_hub import snapshot_download
@@ -96,16 +96,6 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
     """The dtype in which a network's folder keeps its weights; None if it has no weights."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     return next((tensor.dtype for file in files for tensor in load_state_dict(str(file)).values()), None)
-
-
-def published_scheduler() -> DDIMScheduler:
-    """The scheduler of the published folders: the betas that DiT is trained with, and no `timestep_spacing`.
-
-    So each scheduler class that is made from its config keeps its own spacing.
-    """
-    return DDIMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
-                         trained_betas=None, clip_sample=False, set_alpha_to_one=True, steps_offset=0,
-                         prediction_type="epsilon")
 
 
 def leave_out_defaults(scheduler: ConfigMixin | None, folder: Path):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # a command line reads the table before anything heavy is imported
     import torch
-    from diffusers import DDPMScheduler, SchedulerMixin
+    from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 
 # Short names of diffusers' schedulers for models that predict noise. All of `KarrasDiffusionSchedulers`, but for
 # EDMEulerScheduler, which is for another parameterisation; and DDPM with the learned variance as the paper has it.
@@ -38,6 +38,18 @@ def make_scheduler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
         return paper_scheduler(scheduler)
     config = {key: value for key, value in scheduler.config.items() if key != "variance_type"}  # which is another class's
     return getattr(diffusers, SCHEDULERS[name]).from_config(config)
+
+
+def published_scheduler() -> DDIMScheduler:
+    """The scheduler of the published folders: the betas that DiT is trained with, and no `timestep_spacing`.
+
+    So each scheduler class that is made from its config keeps its own spacing.
+    """
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
+                         trained_betas=None, clip_sample=False, set_alpha_to_one=True, steps_offset=0,
+                         prediction_type="epsilon")
 
 
 def paper_scheduler(scheduler: SchedulerMixin) -> DDPMScheduler:
