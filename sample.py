@@ -6,8 +6,10 @@
 """
 
 import argparse
-import hashlib
+import contextlib
+import datetime
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -54,12 +56,13 @@ def run(arguments):
     """Find out what is missing, make this process's share of it, and let the first process put the whole together."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
-    from tqdm import tqdm
 
+    from nets.loading import fingerprint
     from nets.sampling import PictureWriter, gather_manifest, open_folder, picture_generator, picture_label, write_npz
 
     arguments.model = arguments.model or predict.model_name()
-    state = PartialState(cpu=arguments.device == "cpu")
+    # Processes wait for each other at the start, while one looks through the folder, and at the end, for the slowest.
+    state = PartialState(cpu=arguments.device == "cpu", timeout=datetime.timedelta(days=1))
     arguments.device = str(state.device) if arguments.device == "auto" else arguments.device
     folder, id2label = predict.find_model(arguments.model, arguments.revision)
     pipeline, _ = predict.load_pipeline(folder, arguments)
@@ -71,7 +74,8 @@ def run(arguments):
     if state.is_main_process:
         try:
             settings = {**{name: getattr(arguments, name) for name in SETTINGS}, "labels": labels,
-                        "weights": fingerprint(pipeline)}
+                        "weights": fingerprint(pipeline.transformer, pipeline.vae),
+                        "class_names": {str(label): names for label, names in id2label.items()}}
             done = open_folder(arguments.output, {key: value if not isinstance(value, tuple) else list(value)
                                                   for key, value in settings.items()})
             message = [[index for index in range(arguments.num) if index not in done], None]
@@ -87,22 +91,20 @@ def run(arguments):
 
     mine = missing[state.process_index::state.num_processes]
     started = time.perf_counter()
-    bar = tqdm(total=len(missing), unit="picture", disable=not state.is_main_process)
     try:
-        with PictureWriter(arguments.output, state.process_index, ahead=2 * arguments.batch_size) as writer:
-            for start in range(0, len(mine), arguments.batch_size):
-                batch = mine[start:start + arguments.batch_size]
-                class_ids = [picture_label(labels, classes, arguments.seed, index) for index in batch]
-                generators = [picture_generator(arguments.seed, index) for index in batch]
-                pictures = pipeline(class_ids, generator=generators, **predict.picture_arguments(arguments)).images
-                for index, class_id, picture in zip(batch, class_ids, pictures):
-                    writer.put(picture, {"index": index, "class": class_id, "seed": arguments.seed})
-                bar.update(min(len(batch) * state.num_processes, bar.total - bar.n))
+        with progress_bar(arguments.output, len(missing), disable=not state.is_main_process):
+            with PictureWriter(arguments.output, state.process_index, ahead=2 * arguments.batch_size) as writer:
+                for start in range(0, len(mine), arguments.batch_size):
+                    batch = mine[start:start + arguments.batch_size]
+                    class_ids = [picture_label(labels, classes, arguments.seed, index) for index in batch]
+                    generators = [picture_generator(arguments.seed, index) for index in batch]
+                    pictures = pipeline(class_ids, generator=generators, **predict.picture_arguments(arguments)).images
+                    for index, class_id, picture in zip(batch, class_ids, pictures):
+                        writer.put(picture, {"index": index, "class": class_id, "seed": arguments.seed})
+            state.wait_for_everyone()
     except OSError as error:
         raise OSError(f"cannot write into {arguments.output}: {predict.first_line(error)}; what is there is whole, and the "
                       "same command goes on from it") from error
-    state.wait_for_everyone()
-    bar.close()
     if not state.is_main_process:
         return
     done = gather_manifest(arguments.output)
@@ -128,16 +130,29 @@ def read_labels(how, id2label, classes):
     return check_class_ids(find_label_ids([name.strip() for name in names if name.strip()], id2label), classes)
 
 
-def fingerprint(pipeline):
-    """SHA-256 over the weights of transformer and VAE, which tells whether two folders hold the same model."""
-    import torch
+@contextlib.contextmanager
+def progress_bar(folder, total, disable):
+    """One bar over all processes: twice a second it counts what their manifests say."""
+    from tqdm import tqdm
 
-    digest = hashlib.sha256()
-    for part in (pipeline.transformer, pipeline.vae):
-        for name, tensor in sorted(part.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    from nets.sampling import count_written
+
+    def watch():
+        while not finished.wait(0.5):
+            bar.update(count_written(folder) - bar.n)
+        bar.update(count_written(folder) - bar.n)
+
+    finished = threading.Event()
+    with tqdm(total=total, unit="picture", disable=disable) as bar:
+        watcher = threading.Thread(target=watch, daemon=True)
+        if not disable:
+            watcher.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            if not disable:
+                watcher.join()
 
 
 if __name__ == "__main__":

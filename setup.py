@@ -1,4 +1,4 @@
-"""Installs the library `nets`, and the commands `dit-predict`, `dit-sample` and `dit-convert` with the small model."""
+"""Installs the library `nets`, and the commands `dit-predict`, `dit-sample`, `dit-evaluate`, `dit-convert`, the small model."""
 
 import re
 from pathlib import Path
@@ -19,9 +19,11 @@ setup(
     packages=["nets", "dit_verbs"],
     package_dir={"dit_verbs": "."},
     package_data={"dit_verbs": ["model_data/*.json", "model_data/*.md", "model_data/fashion-mnist-32/*.json",
-                                "model_data/fashion-mnist-32/*/*"]},
+                                "model_data/fashion-mnist-32/*/*", "model_data/fashion-mnist-classifier/*"]},
     install_requires=["torch>=2.6", "diffusers>=0.42,<0.43", "accelerate>=1.0", "safetensors>=0.4", "numpy>=1.26",
                       "pillow>=10"],
+    extras_require={"eval": ["transformers>=5", "torchmetrics>=1.4"]},
     entry_points={"console_scripts": ["dit-predict=dit_verbs.predict:main", "dit-convert=dit_verbs.convert:main",
-                                      "dit-sample=dit_verbs.sample:main"]},
+                                      "dit-sample=dit_verbs.sample:main",
+                                      "dit-evaluate=dit_verbs.evaluate:main"]},
 )

@@ -8,15 +8,11 @@ The second command ends in a pipeline folder: `python predict.py --model runs/fa
 Both run on the CPU, write a checkpoint every --save-every steps, and go on from it when they are started again.
 """
 import argparse
-import gzip
 import json
 import math
 import shutil
 import time
 from pathlib import Path
-
-CLASS_NAMES = ("T-shirt, top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
-               "ankle boot")
 
 
 def parse_arguments(argv=None):
@@ -48,22 +44,6 @@ def parse_arguments(argv=None):
             parser.error(f"no {name}-ubyte.gz in {arguments.data}; "
                          "Fashion-MNIST's four files are in Debian's package dataset-fashion-mnist")
     return arguments
-
-
-def read_fashion_mnist(folder, split):
-    """Read one split ("train" or "t10k") of Fashion-MNIST from its idx files.
-
-    Returns pictures (n, 1, 32, 32) uint8, padded from 28 to 32 with black, and class ids (n,) int64.
-    """
-    import numpy as np
-    import torch
-
-    with gzip.open(Path(folder) / f"{split}-images-idx3-ubyte.gz") as file:
-        pictures = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
-    with gzip.open(Path(folder) / f"{split}-labels-idx1-ubyte.gz") as file:
-        labels = np.frombuffer(file.read(), np.uint8, offset=8)
-    return (torch.from_numpy(np.pad(pictures, ((0, 0), (0, 0), (2, 2), (2, 2)))),
-            torch.from_numpy(labels.astype(np.int64)))
 
 
 def to_model_range(pictures):
@@ -159,6 +139,8 @@ def train_vae(arguments):
     import torch
     from diffusers import AutoencoderKL
 
+    from nets.picture_sets import read_fashion_mnist
+
     pictures, _ = read_fashion_mnist(arguments.data, "train")
     torch.manual_seed(arguments.seed)
     vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
@@ -203,6 +185,7 @@ def train_dit(arguments):
 
     from nets import DiTPipeline, Transformer2DModel
     from nets.diffusion import GaussianDiffusion, linear_betas
+    from nets.picture_sets import FASHION_MNIST, read_fashion_mnist
     from nets.scheduling import published_scheduler
 
     pictures, labels = read_fashion_mnist(arguments.data, "train")
@@ -213,7 +196,7 @@ def train_dit(arguments):
     transformer = Transformer2DModel(
         num_attention_heads=arguments.heads, attention_head_dim=arguments.width // arguments.heads,
         num_layers=arguments.depth, patch_size=arguments.patch_size, sample_size=mean.shape[-1],
-        in_channels=mean.shape[1], out_channels=2 * mean.shape[1], num_embeds_ada_norm=len(CLASS_NAMES))
+        in_channels=mean.shape[1], out_channels=2 * mean.shape[1], num_embeds_ada_norm=len(FASHION_MNIST))
     diffusion = GaussianDiffusion(linear_betas())
 
     def loss_of_batch(network, indices):
@@ -224,7 +207,7 @@ def train_dit(arguments):
         return diffusion.hybrid_loss(output, latents, noise, timestep).mean()
 
     transformer = fit(transformer, loss_of_batch, len(pictures), arguments)
-    pipeline = DiTPipeline(transformer, vae, published_scheduler(), id2label=dict(enumerate(CLASS_NAMES)))
+    pipeline = DiTPipeline(transformer, vae, published_scheduler(), id2label=FASHION_MNIST)
     vae.register_to_config(_name_or_path=arguments.vae.name)  # else the config tells the path on this machine
     for part in (transformer, vae):
         torch.nn.Module.half(part)  # diffusers' own `half` warns of modules to keep in float32, of which there are none

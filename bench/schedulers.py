@@ -18,27 +18,27 @@ import sys
 import time
 from pathlib import Path
 
-from transformers import AutoModelForImageClassification
-
-from bench.small_model import CLASSES, ROOT, frechet_distance, judge, sample, to_pictures
+from bench.small_model import CLASSES, ROOT, accuracy, distance, judge, sample, to_pictures
 from nets import DiTPipeline
+from nets.features import FeatureExtractor
+from nets.picture_sets import read_fashion_mnist
 from nets.pictures import contact_sheet
 from nets.scheduling import SCHEDULERS, make_scheduler
-from train import read_fashion_mnist, to_model_range
+from train import to_model_range
 
 STEPS, MORE_STEPS = (10, 25, 50), {"ddpm": (100,), "ddpm-learned": (100,)}
 GUIDANCE_SCALE = 2.0
 
 
-def measure(pipeline, classifier, real, steps, count):
+def measure(pipeline, extractor, real, steps, count):
     """The row of one scheduler at so many steps, without its time."""
     calls = []
     hook = pipeline.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
     images, labels = sample(pipeline, count, GUIDANCE_SCALE, steps, seed=2000, batch_size=count)
     hook.remove()
-    features, predicted = judge(classifier, images)
-    return {"pictures": count, "accuracy": (predicted == labels).double().mean().item(),
-            "frechet": frechet_distance(features, real), "network_calls": len(calls)}
+    judged = judge(extractor, images, labels)
+    return {"pictures": count, "accuracy": accuracy(judged), "frechet": distance(judged, real),
+            "network_calls": len(calls)}
 
 
 def take_times(pipeline, own, steps, rounds=3, count=10):
@@ -79,11 +79,11 @@ def main():
     parser.add_argument("--pictures", type=int, default=500)
     arguments = parser.parse_args()
 
-    classifier = AutoModelForImageClassification.from_pretrained(arguments.classifier).eval()
+    extractor = FeatureExtractor(arguments.classifier)
     pipeline = DiTPipeline.from_pretrained(arguments.model)
     pipeline.set_progress_bar_config(disable=True)
     own = pipeline.scheduler
-    real, _ = judge(classifier, to_model_range(read_fashion_mnist(arguments.data, "t10k")[0]))
+    real = judge(extractor, to_model_range(read_fashion_mnist(arguments.data, "test")[0]))
     weights = (arguments.model / "transformer/diffusion_pytorch_model.safetensors").read_bytes()
     of_what = {"transformer_sha256": hashlib.sha256(weights).hexdigest(), "pictures": arguments.pictures}
     known = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}
@@ -98,7 +98,7 @@ def main():
     for name, steps in runs:
         if f"{name} {steps}" not in results:
             pipeline.scheduler = make_scheduler(name, own)
-            keep(f"{name} {steps}", measure(pipeline, classifier, real, steps, arguments.pictures))
+            keep(f"{name} {steps}", measure(pipeline, extractor, real, steps, arguments.pictures))
             print(name, steps, results[f"{name} {steps}"], flush=True)
     for name, steps in runs:
         if "time_ratio" not in results[f"{name} {steps}"]:

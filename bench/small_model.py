@@ -1,4 +1,4 @@
-"""How good the shipped small model is: the figures of its model card, and the two sheets in docs/.
+"""How good the shipped small model is: the figures of its model card, and docs/samples.png.
 
     python -m bench.small_model --data DIR
 
@@ -10,43 +10,45 @@ A screening picks the best guidance over 1; at 1 and there, the figures are take
 
 import argparse
 import json
+import statistics
 import time
 from pathlib import Path
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
-from transformers import AutoModelForImageClassification
 
 from nets import DiTPipeline
+from nets.features import FeatureExtractor, Features, make_features
+from nets.metrics import frechet_distance, spread
+from nets.picture_sets import FASHION_MNIST, read_fashion_mnist
 from nets.pictures import contact_sheet
-from train import CLASS_NAMES, read_fashion_mnist, to_model_range
+from train import to_model_range
 
 ROOT = Path(__file__).resolve().parent.parent
-CLASSES = len(CLASS_NAMES)
+CLASSES = len(FASHION_MNIST)
 
 
-@torch.inference_mode()
-def judge(classifier, images, batch_size=500):
-    """Images (n, 3, 32, 32) in [-1, 1] -> pooled features (n, dim) float64 and predicted class ids (n,)."""
-    features, predicted = [], []
-    for part in images.split(batch_size):
-        pooled = classifier.resnet(part).pooler_output.flatten(1)
-        features.append(pooled.double())
-        predicted.append(classifier.classifier(pooled).argmax(1))
-    return torch.cat(features), torch.cat(predicted)
+def judge(extractor, images, labels=None, batch_size=500) -> Features:
+    """What the classifier says of images (n, 3, 32, 32) in [-1, 1], rounded to pictures as files have them."""
+    parts = [extractor(to_pixels(part)) for part in images.split(batch_size)]
+    features, logits = (torch.cat(tensors) for tensors in zip(*parts))
+    return make_features("", features, logits, labels)
 
 
-def frechet_distance(first, second):
-    """Between Gaussians fitted to two sets of features, (n, dim) and (m, dim). Source: Heusel et al. 2017, eq. 6."""
-    trace = torch.linalg.eigvals(first.T.cov() @ second.T.cov()).real.clamp(min=0).sqrt().sum()
-    gap = (first.mean(0) - second.mean(0)).square().sum()
-    return (gap + first.T.cov().trace() + second.T.cov().trace() - 2 * trace).item()
+def distance(features, real):
+    """The Frechet distance of judged pictures to real ones."""
+    return frechet_distance(features.features, real.mean, real.covariance)
 
 
-def spread(features, labels):
+def mean_spread(features):
     """Mean over classes of the mean variance of a feature."""
-    return torch.stack([features[labels == label].var(0).mean() for label in range(CLASSES)]).mean().item()
+    return statistics.mean(spread(features.features, features.labels).values())
+
+
+def accuracy(features):
+    """Share of the pictures whose class is recognised."""
+    return (features.logits.argmax(1) == features.labels).double().mean().item()
 
 
 def sample(pipeline, count, guidance_scale, steps, seed, batch_size=200):
@@ -58,23 +60,14 @@ def sample(pipeline, count, guidance_scale, steps, seed, batch_size=200):
     return torch.cat(images).mul(255).round().div(127.5).sub(1), labels
 
 
+def to_pixels(images):
+    """(n, 3, h, w) in [-1, 1] -> uint8 of the same shape."""
+    return images.add(1).mul(127.5).round().clamp(0, 255).byte()
+
+
 def to_pictures(images):
     """(n, 3, h, w) in [-1, 1] -> PIL pictures."""
-    arrays = images.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(array) for array in arrays]
-
-
-def nearest_sheet(images, training, count=4):
-    """A row for each of eight samples: the sample, then its `count` nearest training pictures by pixel distance."""
-    flat = training[:, :1].flatten(1)
-    pictures, captions = [], []
-    for image in images[:8]:
-        gray = image.mean(0).flatten()
-        distances = (flat - gray).square().mean(1)
-        nearest = distances.topk(count, largest=False)
-        pictures += to_pictures(torch.cat([image[None], training[nearest.indices]]))
-        captions += ["sample"] + [f"{distance:.4f}" for distance in nearest.values]
-    return contact_sheet(pictures, captions, columns=count + 1, smallest=64)
+    return [Image.fromarray(array) for array in to_pixels(images).permute(0, 2, 3, 1).numpy()]
 
 
 def main():
@@ -82,38 +75,36 @@ def main():
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=ROOT / "model_data/fashion-mnist-32")
     parser.add_argument("--classifier", type=Path, default=ROOT / "model_data/fashion-mnist-classifier")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the two sheets go")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where samples.png goes")
     parser.add_argument("--results", type=Path, default=ROOT / "bench/results/small_model.json")
     parser.add_argument("--num", type=int, default=10_000)
     parser.add_argument("--screening", type=int, default=2_000)
     parser.add_argument("--steps", type=int, default=25)
     arguments = parser.parse_args()
 
-    classifier = AutoModelForImageClassification.from_pretrained(arguments.classifier).eval()
+    extractor = FeatureExtractor(arguments.classifier)
     pipeline = DiTPipeline.from_pretrained(arguments.model)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     training, _ = read_fashion_mnist(arguments.data, "train")
-    test, test_labels = read_fashion_mnist(arguments.data, "t10k")
+    test, test_labels = read_fashion_mnist(arguments.data, "test")
     training, test = to_model_range(training), to_model_range(test)
-    real, recognised = judge(classifier, test)
-    real_spread = spread(real, test_labels)
-    results = {"steps": arguments.steps, "scheduler": "dpm", "classifier_test_accuracy":
-               (recognised == test_labels).double().mean().item(),
-               "frechet_training_set": frechet_distance(judge(classifier, training)[0], real)}
+    real = judge(extractor, test, test_labels)
+    results = {"steps": arguments.steps, "scheduler": "dpm", "classifier_test_accuracy": accuracy(real),
+               "frechet_training_set": distance(judge(extractor, training), real)}
     with torch.inference_mode():
         decoded = torch.cat([pipeline.vae(part).sample for part in test.split(500)])
-    results["frechet_vae_reconstructions"] = frechet_distance(judge(classifier, decoded.clamp(-1, 1))[0], real)
+    results["frechet_vae_reconstructions"] = distance(judge(extractor, decoded), real)
     results["vae_reconstruction_mse"] = (decoded - test).square().mean().item()
 
     def measure(count, guidance_scale):
         started = time.perf_counter()
         images, labels = sample(pipeline, count, guidance_scale, arguments.steps, seed=1000)
         seconds = time.perf_counter() - started
-        features, predicted = judge(classifier, images)
-        figures = {"pictures": count, "guidance_scale": guidance_scale, "frechet": frechet_distance(features, real),
-                   "spread": spread(features, labels) / real_spread,
-                   "accuracy": (predicted == labels).double().mean().item(), "pictures_per_second": count / seconds}
+        judged = judge(extractor, images, labels)
+        figures = {"pictures": count, "guidance_scale": guidance_scale, "frechet": distance(judged, real),
+                   "spread": mean_spread(judged) / mean_spread(real), "accuracy": accuracy(judged),
+                   "pictures_per_second": count / seconds}
         print(json.dumps(figures), flush=True)
         return figures, images
 
@@ -122,13 +113,12 @@ def main():
     results["screening"] = [measure(arguments.screening, scale)[0] for scale in (1.25, 1.5, 2.0)]
     best = min(results["screening"], key=lambda figures: figures["frechet"])["guidance_scale"]
     results["guidance_1"], _ = measure(arguments.num, 1.0)
-    results["best_guidance"], at_best = measure(arguments.num, best)
+    results["best_guidance"], _ = measure(arguments.num, best)
 
     columns = [at_four[label::CLASSES][:8] for label in range(CLASSES)]  # eight of each class
     order = [picture for row in zip(*(to_pictures(column) for column in columns)) for picture in row]
-    captions = [names.split(",")[0] for names in CLASS_NAMES]
+    captions = [names.split(",")[0] for names in FASHION_MNIST.values()]
     contact_sheet(order, captions * 8, columns=CLASSES, smallest=64).save(arguments.docs / "samples.png")
-    nearest_sheet(at_best, training).save(arguments.docs / "nearest.png")
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     arguments.results.write_text(json.dumps(results, indent=2) + "\n")
 

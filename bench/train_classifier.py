@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
-from train import CLASS_NAMES, batches, read_fashion_mnist, to_model_range
+from nets.picture_sets import FASHION_MNIST, read_fashion_mnist
+from train import batches, to_model_range
 
 
 def accuracy(model, pictures, labels):
@@ -38,8 +39,8 @@ def main():
     torch.manual_seed(arguments.seed)
     model = ResNetForImageClassification(ResNetConfig(
         embedding_size=24, hidden_sizes=[24, 48, 96], depths=[1, 1, 1], layer_type="basic",
-        downsample_in_first_stage=False, id2label=dict(enumerate(CLASS_NAMES)),
-        label2id={name: label for label, name in enumerate(CLASS_NAMES)}))
+        downsample_in_first_stage=False, id2label=FASHION_MNIST,
+        label2id={name: label for label, name in FASHION_MNIST.items()}))
     steps = arguments.epochs * (len(pictures) // arguments.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 200, 0.5 + 0.5 * math.cos(
@@ -57,7 +58,8 @@ def main():
         if step % 100 == 0:
             print(f"step {step}/{steps}  loss {loss.item():.3f}  {step / (time.time() - started):.1f} steps/s", flush=True)
     model.save_pretrained(arguments.output)
-    test_accuracy = accuracy(model, *read_fashion_mnist(arguments.data, "t10k"))
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(arguments.output)  # 0..255 to [-1, 1]
+    test_accuracy = accuracy(model, *read_fashion_mnist(arguments.data, "test"))
     print(f"test accuracy {test_accuracy:.4f}; {time.time() - started:.0f} s")
 
 

@@ -4,6 +4,7 @@ A folder is `model_index.json`, `transformer/`, `vae/` and `scheduler/`, as diff
 (the published DiT-XL-2-256 and -512), with `.safetensors` or `.bin` weights, whole or in shards.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -23,7 +24,7 @@ CLASS_ON_DISK = {"transformer": ("diffusers", "DiTTransformer2DModel"), "vae": (
 
 
 def find_folder(model: str | Path, files: list[str] | None = None, **hub_arguments) -> Path:
-    """The folder `model`, or the local copy of a hub id, downloaded if need be: of a pipeline, or of just those `files`.
+    """The folder `model`, or the local copy of a hub id, downloaded if need be: of a pipeline, or of those `files` alone.
 
     Raises OSError, in one line, if there is no such folder and the hub does not give one.
     """
@@ -36,8 +37,8 @@ def find_folder(model: str | Path, files: list[str] | None = None, **hub_argumen
     except Exception as error:  # whatever the hub's libraries raise without a network, a repository or the rights to it
         cause = str(error.__cause__ or error).strip() or type(error).__name__
         raise OSError(f"{model} (revision {hub_arguments.get('revision') or 'main'}) is no folder here, and could not be "
-                      f"had from the hub: {cause.splitlines()[0].rstrip('.')}; to place its files under model_data/ by "
-                      "hand, see model_data/README.md") from error
+                      f"had from the hub: {cause.splitlines()[0].rstrip('.')}; its files may also be put into a folder "
+                      "by hand (model_data/README.md lists those of DiT-XL/2), and that be named instead") from error
 
 
 def load_parts(folder: Path, **kwargs) -> dict:
@@ -96,6 +97,16 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
     """The dtype in which a network's folder keeps its weights; None if it has no weights."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     return next((tensor.dtype for file in files for tensor in load_state_dict(str(file)).values()), None)
+
+
+def fingerprint(*networks: torch.nn.Module) -> str:
+    """SHA-256 over the weights of networks, the dtypes included: equal for equal models, whatever their folders."""
+    digest = hashlib.sha256()
+    for network in networks:
+        for name, tensor in sorted(network.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def leave_out_defaults(scheduler: ConfigMixin | None, folder: Path):

@@ -12,6 +12,7 @@ import queue
 import threading
 import zipfile
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -51,7 +52,8 @@ def open_folder(folder: Path, settings: dict) -> dict[int, dict]:
         found = json.loads(path.read_text())
         other = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
         if other:
-            changes = ", ".join(f"{key} {found.get(key)!r} there and {settings.get(key)!r} now" for key in other)
+            there, now = ({key: shorten(repr(given.get(key)), 40) for key in other} for given in (found, settings))
+            changes = ", ".join(f"{key} {there[key]} there and {now[key]} now" for key in other)
             raise ValueError(f"{folder} has pictures of other settings: {changes}; choose another folder")
     elif any(folder.iterdir()):
         raise ValueError(f"{folder} has files in it, and none of them is {SETTINGS}; choose an empty folder")
@@ -79,6 +81,11 @@ def gather_manifest(folder: Path) -> dict[int, dict]:
     for unfinished in folder.glob("*/*.part"):
         unfinished.unlink()
     return records
+
+
+def count_written(folder: Path) -> int:
+    """How many pictures all processes have written into a folder since `open_folder`."""
+    return sum(part.read_bytes().count(b"\n") for part in folder.glob("manifest-*.jsonl"))
 
 
 def is_whole(folder: Path, record: dict) -> bool:

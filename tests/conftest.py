@@ -1,8 +1,11 @@
 """What several test files share: random models in pairs, ours and upstream's, with the same weights."""
 
+import gzip
+import struct
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -81,6 +84,22 @@ def tiny_pipeline(**config):
     pipeline = DiTPipeline(transformer, tiny_vae(), scheduler, id2label={k: f"class {k}, name {k}" for k in range(10)})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist(tmp_path_factory):
+    """Thirty pictures in Fashion-MNIST's own file format, as both of its splits: class k is a bright square at place k."""
+    folder, labels = tmp_path_factory.mktemp("data") / "fashion-mnist", np.arange(30, dtype=np.uint8) % 10
+    folder.mkdir()
+    pictures = np.zeros((30, 28, 28), np.uint8)
+    for picture, label in zip(pictures, labels):
+        picture[2 * label:2 * label + 8, 5:20] = 200
+    for split in ("train", "t10k"):
+        with gzip.open(folder / f"{split}-images-idx3-ubyte.gz", "wb") as file:
+            file.write(struct.pack(">IIII", 2051, 30, 28, 28) + pictures.tobytes())
+        with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz", "wb") as file:
+            file.write(struct.pack(">II", 2049, 30) + labels.tobytes())
+    return folder
 
 
 @pytest.fixture

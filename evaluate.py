@@ -1,0 +1,220 @@
+"""How good pictures are: Frechet distance and its kin between two sets, with sheets to look at.
+
+    python evaluate.py --samples runs/samples --reference DIR
+    python evaluate.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz --features inception
+    python evaluate.py --samples DIR --halves              # what pictures of one source are apart
+
+A set is a folder of sample.py, a folder per class, any folder of pictures, an npz with `arr_0`, or the four files of
+Fashion-MNIST, of which the test set is meant.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+if __package__:  # installed
+    from dit_verbs import predict
+else:
+    import predict
+
+CLASSIFIER, DINOV2 = predict.MODEL_DATA / "fashion-mnist-classifier", "facebook/dinov2-large"
+FIGURES = {"frechet_distance": ("Frechet distance", "{:.3f}"), "kernel_distance": ("kernel distance (KID)", "{:.5f}"),
+           "inception_score": ("Inception Score", "{:.3f}"), "precision": ("precision", "{:.3f}"),
+           "recall": ("recall", "{:.3f}"), "class_accuracy": ("class accuracy", "{:.1%}"),
+           "spread": ("spread within a class, real = 1", "{:.3f}")}
+
+
+def main(argv=None) -> int:
+    """Run the command line; returns the exit status: 0, or 2 for what can be mended."""
+    try:
+        run(parse_arguments(argv))
+    except (OSError, ValueError, ImportError) as error:
+        print(f"{Path(sys.argv[0]).name}: {predict.first_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_arguments(argv):
+    """The command line as a namespace; argparse ends the program with status 2 where a value is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=Path, required=True, metavar="DIR|NPZ")
+    against = parser.add_mutually_exclusive_group(required=True)
+    against.add_argument("--reference", type=Path, metavar="DIR|NPZ|STATS",
+                         help="pictures; or their features as this command kept them, .safetensors; or an .npz with mu and "
+                              "sigma")
+    against.add_argument("--halves", action="store_true", help="one half of the samples against the other")
+    parser.add_argument("--features", default="auto", metavar="NETWORK",
+                        help="folder or hub id of an image classifier or DINOv2 for transformers, or inception; auto is "
+                             f"the shipped classifier for Fashion-MNIST and {DINOV2} for all else")
+    parser.add_argument("--training", type=Path, metavar="DIR|NPZ",
+                        help="what the nearest neighbours are looked for in (default: Fashion-MNIST's training set, or the "
+                             "reference)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="for report.md, metrics.json and the sheets (default: "
+                                                                   "beside the samples, with -evaluation in its name)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    return parser.parse_args(argv)
+
+
+def run(arguments):
+    """Features of both sets, the figures, the sheets, the report."""
+    import torch
+    from tqdm import tqdm
+
+    from nets.features import extract, reference_features, take
+    from nets.metrics import PARTS, compare
+    from nets.picture_sets import FASHION_MNIST, is_fashion_mnist, open_pictures
+    from nets.sampling import write_whole
+
+    def progress(what):
+        return lambda batches: tqdm(batches, desc=what, unit="batch", leave=False)
+
+    started = time.perf_counter()
+    for path in (arguments.reference, arguments.training):
+        if path and not path.exists():
+            raise OSError(f"there is no file or folder {path}")
+    pictures = open_pictures(arguments.samples)
+    if pictures.count < 10 * PARTS:
+        raise ValueError(f"{arguments.samples} has {pictures.count} pictures; it takes {10 * PARTS} at least")
+    size = pictures.picture(0).size
+    fashion_mnist = is_fashion_mnist(arguments.reference or arguments.samples)
+    extractor = load_extractor(arguments, fashion_mnist or pictures.class_names == FASHION_MNIST)
+    samples = extract(extractor, pictures, size, progress=progress("samples"))
+    reference_pictures = None
+    if arguments.halves:
+        order = torch.randperm(pictures.count, generator=torch.Generator().manual_seed(0))
+        reference, samples, how = take(samples, order[::2]), take(samples, order[1::2]), "the other half"
+    else:
+        reference, reference_pictures, how = reference_features(arguments.reference, extractor, size,
+                                                                progress=progress("reference"))
+    figures, classes = compare(samples, reference, extractor.id2label)
+    heads = [f"samples: {len(samples)}, {samples.name}",
+             f"reference: {len(reference) or 'an unknown number'}, {reference.name}, {how}",
+             f"features: {extractor.name}, {len(reference.mean)} numbers a picture, of pictures of {size[0]}x{size[1]}"]
+    print("\n".join([*heads, "", *table(figures, len(samples))]), flush=True)
+
+    output = arguments.output or arguments.samples.resolve().with_name(f"{arguments.samples.resolve().stem}-evaluation")
+    output.mkdir(parents=True, exist_ok=True)
+    report = ["# Evaluation", "", *(f"- {head}" for head in heads), "", *table(figures, len(samples), "| ")]
+    distances = None
+    if not arguments.halves:
+        report += ["", "## Samples", "", write_sample_sheet(output / "samples.png", pictures, size, classes)]
+        training = arguments.training or (arguments.reference if reference_pictures else None)
+        if training is not None:
+            split = "train" if is_fashion_mnist(training) else "test"
+            known, known_pictures, _ = reference_features(training, extractor, size, split, progress("training set"))
+            if known_pictures is None:
+                raise ValueError(f"--training {training} has no pictures to show")
+            distances, text = write_nearest_sheet(output / "nearest.png", samples, pictures, known, known_pictures, size,
+                                                  reference if len(reference) and known.name != reference.name else None)
+            report += ["", "## Nearest pictures of the training data", "", text]
+        report += class_table(classes)
+    write_whole(output / "report.md", "\n".join(report).encode() + b"\n")
+    results = {"samples": {"name": samples.name, "count": len(samples), "size": size},
+               "reference": {"name": reference.name, "count": len(reference) or None, "how": how},
+               "features": {"name": extractor.name, "mark": extractor.mark}, "figures": figures, "classes": classes,
+               "nearest": distances, "seconds": round(time.perf_counter() - started, 1)}
+    write_whole(output / "metrics.json", json.dumps(results, indent=2).encode() + b"\n")
+    print(f"\n{output}: report.md, metrics.json{'' if arguments.halves else ' and sheets'}; {results['seconds']:.0f} s")
+
+
+def load_extractor(arguments, fashion_mnist):
+    """The network that --features names, on its device."""
+    from nets.features import INCEPTION, FeatureExtractor, InceptionFeatures
+
+    device, name = predict.find_device(arguments.device), arguments.features
+    if name == "auto":
+        name = CLASSIFIER if fashion_mnist else DINOV2
+    try:
+        return InceptionFeatures(device) if name == INCEPTION else FeatureExtractor(name, device)
+    except (RuntimeError, AssertionError) as error:  # torch's, of a device that is not there
+        raise ValueError(f"cannot load {name} on {device}: {predict.first_line(error)}") from error
+
+
+def table(figures, count, edge=""):
+    """The figures as lines of text, or of Markdown where `edge` is "| "."""
+    columns = ["", f"all {count}", f"five parts of {count // 5}: mean", "least", "most"]
+    lines = [columns, ["---"] * 5] if edge else [columns]
+    for name, (title, form) in FIGURES.items():
+        if name in figures:
+            parts = figures[name]["parts"]
+            lines.append([title, *(form.format(value) for value in (figures[name]["value"], sum(parts) / len(parts),
+                                                                    min(parts), max(parts)))])
+    if edge:
+        return [f"| {' | '.join(cells)} |" for cells in lines]
+    widths = [max(len(cells[column]) for cells in lines) for column in range(5)]
+    return ["  ".join([cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))])
+            for cells in lines]
+
+
+def class_table(classes):
+    """A Markdown table with a line a class, the worst first; nothing without classes."""
+    if not classes:
+        return []
+    lines = ["", "## Classes, the worst first", "",
+             "| class | samples | accuracy | most often taken for | precision | spread, real = 1 |",
+             "|---|---|---|---|---|---|"]
+    for row in classes:
+        shares = {key: f"{row[key]:.1%}" if key in row else "" for key in ("accuracy", "precision")}
+        lines.append(f"| {row['name']} | {row['count']} | {shares['accuracy']} | {row.get('taken_for') or ''} | "
+                     f"{shares['precision']} | {format(row['spread'], '.2f') if 'spread' in row else ''} |")
+    return lines
+
+
+def write_sample_sheet(path, pictures, size, classes):
+    """Eight samples of each of up to sixteen classes, the worst first, or 64 without classes; returns the Markdown."""
+    from nets.pictures import contact_sheet, save_picture
+
+    step = -(-len(classes) // 16) or 1
+    shown = {row["name"].split(",")[0]: (pictures.labels == row["class"]).nonzero().flatten() for row in classes[::step]}
+    columns = [(name, indices[:8].tolist()) for name, indices in shown.items()]
+    columns = columns or [("", list(range(column, 64, 8))) for column in range(8)]
+    depth = min(len(indices) for _, indices in columns)
+    cells = [(name, indices[row]) for row in range(depth) for name, indices in columns]
+    save_picture(contact_sheet(to_pictures(pictures, [index for _, index in cells], size), [name for name, _ in cells],
+                               columns=len(columns), smallest=64), path, {})
+    order = "A column a class, the worst recognised first. " if classes else ""
+    return f"{order}\n\n![samples]({path.name})"
+
+
+def write_nearest_sheet(path, samples, pictures, known, known_pictures, size, reference, most=1000):
+    """The eight of up to 1,000 samples nearest to training pictures, with four each; returns medians and the Markdown."""
+    import torch
+
+    from nets.metrics import nearest
+    from nets.pictures import contact_sheet, save_picture
+
+    def some(features):
+        return torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:most]
+
+    looked_at = some(samples)
+    values, indices = nearest(samples.features[looked_at], known.features, 4)
+    closest = values[:, 0].argsort()[:8].tolist()
+    shown, captions = [], []
+    for row in closest:
+        shown += to_pictures(pictures, [looked_at[row]], size) + to_pictures(known_pictures, indices[row], size)
+        captions += ["sample", *(f"{value:.3f}" for value in values[row])]
+    save_picture(contact_sheet(shown, captions, columns=5, smallest=64), path, {})
+    medians = {"samples": values[:, 0].median().item()}
+    text = (f"Of {len(looked_at)} samples the eight nearest to one of the {len(known)} pictures of {known.name}, each "
+            "with its four nearest and their distances in the features. Half of the samples are nearer than "
+            f"{medians['samples']:.3f}")
+    if reference is not None:
+        medians["reference"] = nearest(reference.features[some(reference)], known.features)[0].median().item()
+        text += f"; half of the reference pictures are nearer than {medians['reference']:.3f}"
+    return medians, f"{text}.\n\n![nearest]({path.name})"
+
+
+def to_pictures(pictures, indices, size):
+    """Pictures of these numbers, at `size`."""
+    from nets.picture_sets import fit
+
+    return [fit(pictures.picture(int(index)), size) for index in indices]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
