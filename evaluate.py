@@ -9,6 +9,7 @@ Fashion-MNIST, of which the test set is meant.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -62,6 +63,9 @@ def parse_arguments(argv):
 
 def run(arguments):
     """Features of both sets, the figures, the sheets, the report."""
+    missing = [name for name in ("transformers", "torchmetrics") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"evaluation needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     import torch
     from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""Installs the library `nets`, and the commands `dit-predict`, `dit-sample`, `dit-evaluate`, `dit-convert`, the small model."""
+"""Installs the library `nets`, the commands `dit-predict`, `dit-sample`, `dit-evaluate`, `dit-convert`, the small model."""
 
 import re
 from pathlib import Path

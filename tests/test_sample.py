@@ -2,14 +2,17 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, tiny_pipeline
+from PIL import Image
 
 import sample
 from nets.sampling import picture_path
@@ -39,12 +42,6 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-def start(folder, *launcher):
-    """The same run as a program of its own, in batches of 4."""
-    command = [sys.executable, *launcher, ROOT / "sample.py", *OPTIONS, "--batch-size", "4", "--npz", "--output", folder]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-
-
 def same(folder, other):
     return labels(folder) == labels(other) and np.abs(pictures(folder) - pictures(other)).max() <= 1
 
@@ -64,36 +61,61 @@ def test_nor_under_a_scheduler_that_draws_noise(scheduler, tmp_path):
     assert np.abs(pictures(tmp_path / "3", 8) - pictures(tmp_path / "8", 8)).max() <= 1
 
 
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
+
+
+def start(folder, *options, launcher=TWO_PROCESSES):
+    """sample.py as a program of its own."""
+    command = [sys.executable, *launcher, ROOT / "sample.py", *map(str, options), "--npz", "--output", folder]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
 def test_nor_the_number_of_processes(uninterrupted, tmp_path):
-    process = start(tmp_path / "out", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
+    process = start(tmp_path / "out", *OPTIONS, "--batch-size", 4)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "2 x cpu" in output and same(tmp_path / "out", uninterrupted)
+    assert "40/40" in output and "20/20" not in output  # one bar, over both
 
 
-def test_nor_being_killed_again_and_again(uninterrupted, tmp_path):
-    folder = tmp_path / "out"
-    for done in (4, 12, 24):
-        process = start(folder)
-        while process.poll() is None and len(list(folder.glob("*/*.png"))) < done:
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert not (folder / "samples.npz").exists()
+MANY = ["--num", 600, "--steps", 1, "--guidance-scale", 1, "--batch-size", 16, "--device", "cpu"]
+
+
+def kill_again_and_again(folder, expected, rounds, chance):
+    """Start a run of 600 pictures in two processes, kill one or both at a random moment, look, start it again...
+
+    Yields the number of pictures that were there after each kill; the last start is left alone and goes on to the end.
+    """
+    there = 0
+    for number in range(rounds):
+        process, wanted = start(folder, *MANY), there + chance.randrange(1, 150)
+        while process.poll() is None and len(list(folder.glob("*/*.png"))) < wanted:
+            time.sleep(chance.random() / 100)
+        assert process.poll() is None, process.communicate()[0]
+        workers = list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+        for pid in [chance.choice(workers)] if number % 2 else [process.pid, *workers]:
+            os.kill(pid, signal.SIGKILL)  # of one worker alone torchrun hears, and ends the other
+        process.communicate(timeout=60)
         for path in folder.glob("*/*.png"):  # what has its final name is whole
-            assert path.read_bytes() == (uninterrupted / path.relative_to(folder)).read_bytes() or same_picture(
-                path, uninterrupted / path.relative_to(folder))
-    process = start(folder)
+            assert same_picture(path, expected / path.relative_to(folder))
+        there = len(list(folder.glob("*/*.png")))
+        yield there
+    process = start(folder, *MANY)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    assert " of 40 pictures to make" in output and "40 of 40" not in output
-    assert same(folder, uninterrupted) and not list(folder.rglob("*.part"))
+    assert labels(folder) == labels(expected) and not list(folder.rglob("*.part"))
+    assert np.abs(pictures(folder, 600) - pictures(expected, 600)).max() <= 1
+    assert all(same_picture(folder / picture_path(index), expected / picture_path(index)) for index in range(600))
 
 
 def same_picture(path, other):
-    from PIL import Image
-
     return np.abs(np.asarray(Image.open(path)).astype(int) - np.asarray(Image.open(other))).max() <= 1
+
+
+def test_nor_being_killed_again_and_again(tmp_path):
+    assert run(*MANY, "--npz", "--output", tmp_path / "uninterrupted") == 0
+    done = list(kill_again_and_again(tmp_path / "out", tmp_path / "uninterrupted", rounds=3, chance=random.Random(3)))
+    assert done == sorted(done) and 0 < done[0] < done[-1] < 600
 
 
 def test_what_was_removed_or_damaged_is_made_again_and_nothing_else(uninterrupted, tmp_path, capsys):
