@@ -137,7 +137,7 @@ class PictureWriter:
             try:
                 picture, record = item
                 encoded = io.BytesIO()
-                picture.save(encoded, format="PNG")
+                picture.save(encoded, format="PNG", compress_level=1)  # a third of the time for 5 % more bytes
                 path = self.folder / picture_path(record["index"])
                 path.parent.mkdir(exist_ok=True)
                 write_whole(path, encoded.getvalue())
