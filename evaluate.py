@@ -186,7 +186,8 @@ def write_sample_sheet(path, pictures, size, classes):
 
 
 def write_nearest_sheet(path, samples, pictures, known, known_pictures, size, reference, most=1000):
-    """The eight of up to 1,000 samples nearest to training pictures, with four each; returns medians and the Markdown."""
+    """Those of up to 1,000 samples that are nearest to training pictures, with four of these each, up to eight and of
+    different classes; returns the medians of the distances and the Markdown."""
     import torch
 
     from nets.metrics import nearest
@@ -197,16 +198,19 @@ def write_nearest_sheet(path, samples, pictures, known, known_pictures, size, re
 
     looked_at = some(samples)
     values, indices = nearest(samples.features[looked_at], known.features, 4)
-    closest = values[:, 0].argsort()[:8].tolist()
+    closest = values[:, 0].argsort().tolist()
+    if samples.labels is not None:
+        first_of = {samples.labels[looked_at[row]].item(): row for row in reversed(closest)}
+        closest = sorted(first_of.values(), key=closest.index)
     shown, captions = [], []
-    for row in closest:
+    for row in closest[:8]:
         shown += to_pictures(pictures, [looked_at[row]], size) + to_pictures(known_pictures, indices[row], size)
         captions += ["sample", *(f"{value:.3f}" for value in values[row])]
     save_picture(contact_sheet(shown, captions, columns=5, smallest=64), path, {})
     medians = {"samples": values[:, 0].median().item()}
-    text = (f"Of {len(looked_at)} samples the eight nearest to one of the {len(known)} pictures of {known.name}, each "
-            "with its four nearest and their distances in the features. Half of the samples are nearer than "
-            f"{medians['samples']:.3f}")
+    text = (f"Of {len(looked_at)} samples those nearest to one of the {len(known)} pictures of {known.name}"
+            f"{'' if samples.labels is None else ', one a class'}; each with its four nearest and their distances in the "
+            f"features. Half of the samples are nearer than {medians['samples']:.3f}")
     if reference is not None:
         medians["reference"] = nearest(reference.features[some(reference)], known.features)[0].median().item()
         text += f"; half of the reference pictures are nearer than {medians['reference']:.3f}"
