@@ -204,7 +204,7 @@ def train_dit(arguments):
         noise = torch.randn_like(latents)
         timestep = torch.randint(diffusion.num_timesteps, (len(latents),))
         output = network(diffusion.add_noise(latents, noise, timestep), timestep, labels[indices]).sample
-        return diffusion.hybrid_loss(output, latents, noise, timestep).mean()
+        return diffusion.loss(output, latents, noise, timestep).mean()
 
     transformer = fit(transformer, loss_of_batch, len(pictures), arguments)
     pipeline = DiTPipeline(transformer, vae, published_scheduler(), id2label=FASHION_MNIST)

@@ -14,8 +14,15 @@ def linear_betas(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: 
     return torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
 
 
+def cosine_betas(num_timesteps: int = 1000, offset: float = 0.008, largest: float = 0.999) -> torch.Tensor:
+    """Betas whose alpha-bar falls as a squared cosine, (num_timesteps,) float64. Source: Improved DDPM equation 17."""
+    time = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    alphas_cumprod = ((time + offset) / (1 + offset) * math.pi / 2).cos().square()
+    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=largest)
+
+
 class GaussianDiffusion:
-    """The forward process q and the hybrid loss, for a table of betas.
+    """The forward process q and the losses, for a table of betas.
 
     All tables are (num_timesteps,), computed in float64 and kept in float32; `timestep` is (batch,) int64.
     """
@@ -28,6 +35,7 @@ class GaussianDiffusion:
         self.num_timesteps = len(betas)
         self.signal = alphas_cumprod.sqrt().float()
         self.noise = (1 - alphas_cumprod).sqrt().float()
+        self.signal_to_noise = (alphas_cumprod / (1 - alphas_cumprod)).float()
         self.log_betas = betas.log().float()
         self.log_posterior_variance = posterior_variance.log().float()
         self.mean_of_start = (betas * previous.sqrt() / (1 - alphas_cumprod)).float()  # DDPM equation 7
@@ -37,16 +45,24 @@ class GaussianDiffusion:
         """x_t from x_0, all (batch, channels, height, width). Source: DDPM equation 4."""
         return pick(self.signal, timestep) * latents + pick(self.noise, timestep) * noise
 
-    def hybrid_loss(self, output: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor,
-                    timestep: torch.Tensor) -> torch.Tensor:
-        """L_simple + L_vlb of each picture, (batch,). Source: Improved DDPM equation 16, with DiT's weight 1 for L_vlb.
+    def loss(self, output: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor,
+             min_snr: float | None = None) -> torch.Tensor:
+        """What a network's output costs for each picture, (batch,).
 
-        `output` (batch, 2 * channels, height, width) is the network's: predicted noise, then v of equation 15.
-        The bound trains the variance alone: the mean in it carries no gradient.
+        Of `output` with as many channels as the latents, L_simple. With twice as many, predicted noise and then v of
+        Improved DDPM's equation 15, L_simple + L_vlb: its equation 16 with DiT's weight 1. The bound trains the variance
+        alone: the mean in it carries no gradient. With `min_snr` (gamma, 5 in its paper) L_simple has the weight
+        min(SNR, gamma) / SNR. Source: Hang et al. 2023, "Efficient diffusion training via min-SNR weighting" (arXiv
+        2303.09556), equation 8 with the weight of noise prediction.
         """
-        predicted_noise, v = output.chunk(2, dim=1)
+        predicted_noise, *learned = output.split(latents.shape[1], dim=1)
         simple = (predicted_noise - noise).square().flatten(1).mean(1)
-        return simple + self.variational_bound(predicted_noise.detach(), v, latents, noise, timestep)
+        if min_snr is not None:
+            snr = self.signal_to_noise.to(timestep.device)[timestep]
+            simple = simple * snr.clamp(max=min_snr) / snr
+        if not learned:
+            return simple
+        return simple + self.variational_bound(predicted_noise.detach(), learned[0], latents, noise, timestep)
 
     def variational_bound(self, predicted_noise: torch.Tensor, v: torch.Tensor, latents: torch.Tensor,
                           noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

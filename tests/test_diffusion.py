@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
-from nets.diffusion import GaussianDiffusion, discretized_log_likelihood, linear_betas
+from nets.diffusion import GaussianDiffusion, cosine_betas, discretized_log_likelihood, linear_betas
 
 BETAS = linear_betas()
 ALPHAS = 1 - BETAS
@@ -59,6 +59,14 @@ def test_betas_are_those_of_upstreams_scheduler():
     torch.testing.assert_close(linear_betas().float(), DDPMScheduler(beta_schedule="linear").betas, rtol=1e-6, atol=0)
 
 
+def test_cosine_betas_are_those_of_upstreams_scheduler_and_leave_a_squared_cosine():
+    betas = cosine_betas()
+    torch.testing.assert_close(betas.float(), DDPMScheduler(beta_schedule="squaredcos_cap_v2").betas, rtol=1e-5, atol=1e-9)
+    shifted = (torch.arange(1, 1000, dtype=torch.float64) / 1000 + 0.008) / 1.008 * math.pi / 2  # the last beta is capped
+    expected = shifted.cos() ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+    torch.testing.assert_close((1 - betas).cumprod(0)[:-1], expected)
+
+
 def test_noised_latents_have_the_moments_of_the_chain_of_single_steps():
     mean, variance, means, variances = 1.0, 0.0, [], []
     for beta in BETAS.tolist():  # x_t = sqrt(1 - beta) x_{t-1} + sqrt(beta) noise
@@ -103,22 +111,46 @@ def test_the_hybrid_loss_is_the_error_of_the_noise_plus_the_bound_in_bits(t):
     predicted, v = output.double().chunk(2, dim=1)
     expected = [(e - n).square().mean() + bound(e, w, x, n, t)
                 for e, w, x, n in zip(predicted, v, latents.double(), noise.double())]
-    loss = DIFFUSION.hybrid_loss(output, latents, noise, timestep)
+    loss = DIFFUSION.loss(output, latents, noise, timestep)
     torch.testing.assert_close(loss.double(), torch.stack(expected), rtol=2e-4, atol=1e-5)
+
+
+def test_without_a_learned_variance_the_loss_is_the_error_of_the_noise_alone():
+    timestep = torch.tensor([0, 30, 999])
+    output, latents, noise = batch(timestep)
+    expected = torch.stack([(e - n).square().mean() for e, n in zip(output[:, :3], noise)])
+    torch.testing.assert_close(DIFFUSION.loss(output[:, :3], latents, noise, timestep), expected)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 5.0])
+def test_min_snr_weighs_the_error_of_the_start_by_at_most_gamma(gamma):
+    """A weight min(SNR, gamma) on the squared error of x_0, written with x_0 and not with the noise."""
+    timestep = torch.tensor([0, 10, 200, 500, 999])
+    output, latents, noise = batch(timestep)
+    expected = []
+    for predicted, start, eps, t in zip(output[:, :3].double(), latents.double(), noise.double(), timestep.tolist()):
+        power = SIGNAL_POWER[t]
+        noisy = power.sqrt() * start + (1 - power).sqrt() * eps
+        guess = (noisy - (1 - power).sqrt() * predicted) / power.sqrt()
+        expected.append(min(power / (1 - power), gamma) * (guess - start).square().mean())
+    loss = DIFFUSION.loss(output[:, :3], latents, noise, timestep, min_snr=gamma)
+    torch.testing.assert_close(loss.double(), torch.stack(expected), rtol=2e-4, atol=1e-8)
+    bounds = DIFFUSION.variational_bound(*output.chunk(2, 1), latents, noise, timestep)
+    torch.testing.assert_close(DIFFUSION.loss(output, latents, noise, timestep, min_snr=gamma), loss + bounds)
 
 
 def test_each_picture_is_scored_at_its_own_timestep():
     timestep = torch.tensor([999, 0, 30, 0])
     output, latents, noise = batch(timestep)
-    alone = [DIFFUSION.hybrid_loss(*(part[i : i + 1] for part in (output, latents, noise, timestep))) for i in range(4)]
-    torch.testing.assert_close(DIFFUSION.hybrid_loss(output, latents, noise, timestep), torch.cat(alone))
+    alone = [DIFFUSION.loss(*(part[i : i + 1] for part in (output, latents, noise, timestep))) for i in range(4)]
+    torch.testing.assert_close(DIFFUSION.loss(output, latents, noise, timestep), torch.cat(alone))
 
 
 def test_the_bound_sends_no_gradient_to_the_predicted_noise():
     timestep = torch.tensor([0, 1, 500, 999])
     output, latents, noise = batch(timestep)
     output.requires_grad_()
-    DIFFUSION.hybrid_loss(output, latents, noise, timestep).sum().backward()
+    DIFFUSION.loss(output, latents, noise, timestep).sum().backward()
     of_noise = output.grad[:, :3]
     torch.testing.assert_close(of_noise, 2 * (output[:, :3] - noise).detach() / noise[0].numel())
 
@@ -127,7 +159,7 @@ def test_the_gradient_of_the_variance_is_the_bounds():
     timestep = torch.tensor([1, 500, 999])
     output, latents, noise = batch(timestep)
     output.requires_grad_()
-    DIFFUSION.hybrid_loss(output, latents, noise, timestep).sum().backward()
+    DIFFUSION.loss(output, latents, noise, timestep).sum().backward()
     apart = output.detach().double().requires_grad_()
     terms = zip(*apart.chunk(2, dim=1), latents.double(), noise.double(), timestep.tolist())
     sum(bound(*term) for term in terms).backward()
