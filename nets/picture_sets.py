@@ -78,7 +78,7 @@ def open_folder_of_pictures(folder: Path) -> PictureSet:
     if not files:
         raise ValueError(f"{folder} has no pictures ({', '.join(SUFFIXES)})")
     classes = sorted({path.parent for path in files})
-    per_class = all(path.parent == folder for path in classes) and len(classes) > 1
+    per_class = all(path.parent == folder for path in classes)
     labels = torch.tensor([classes.index(path.parent) for path in files]) if per_class else None
     names = {label: path.name for label, path in enumerate(classes)} if per_class else None
     return PictureSet(str(folder), len(files), lambda index: load_picture(files[index]), mark_of(files), labels, names)

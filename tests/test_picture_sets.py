@@ -50,7 +50,7 @@ def test_a_folder_per_class_has_classes_and_a_flat_or_deep_one_has_none(tmp_path
     assert same(pictures, arrays(3)) and pictures.labels.tolist() == [0, 0, 1]
     assert pictures.class_names == {0: "bag", 1: "coat"}
     for kind, names in (("flat", ["a.png", "b.PNG"]), ("deep", ["x/y/1.png", "x/z/2.png"]),
-                        ("one", ["x/1.png", "x/2.png"])):
+                        ("mixed", ["1.png", "x/2.png"])):
         pictures = open_pictures(write_pictures(tmp_path / kind, names))
         assert same(pictures, arrays(2)) and pictures.labels is None and pictures.class_names is None
 
