@@ -1,220 +1,394 @@
-"""Train the two halves of a latent DiT on Fashion-MNIST: first the VAE, then the transformer on its latents.
+"""Train a DiT on a folder of pictures: one command from there to a pipeline folder that both libraries load.
 
-    python train.py vae --data DIR --output runs/vae
-    python train.py dit --data DIR --vae runs/vae --output runs/fashion-mnist
+    python train.py --data DIR --vae VAE --output runs/mine --model DiT-S/2 --steps 50000     # DIR has a folder per class
+    python train.py --data DIR --init facebook/DiT-XL-2-256 --output runs/mine --steps 5000   # go on from trained weights
+    accelerate launch --multi_gpu --num_processes 8 train.py ...                              # eight GPUs
+    python train.py vae --data DIR --output runs/vae --steps 3000                             # a small VAE of one's own
 
-DIR holds the four files `{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz` (Debian: package dataset-fashion-mnist).
-The second command ends in a pipeline folder: `python predict.py --model runs/fashion-mnist bag`.
-Both run on the CPU, write a checkpoint every --save-every steps, and go on from it when they are started again.
+`--data fashion-mnist` is Debian's package dataset-fashion-mnist. OUTPUT/training holds what is not the pipeline: latents,
+checkpoints, the log, TensorBoard's events and sheets of samples. `--resume` goes on where a run was stopped.
 """
+
 import argparse
-import json
-import math
-import shutil
-import time
+import contextlib
+import importlib.util
+import sys
 from pathlib import Path
+
+if __package__:  # installed
+    from dit_verbs import predict
+else:
+    import predict
+
+# Width, depth and heads; DiT paper, table 1.
+MODELS = {"DiT-S": (384, 12, 6), "DiT-B": (768, 12, 12), "DiT-L": (1024, 24, 16), "DiT-XL": (1152, 28, 16)}
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+# The options that a run must not change when it is gone on with.
+SETTINGS = ("part", "model", "width", "depth", "heads", "patch", "init", "freeze_below", "size", "flip", "label_dropout",
+            "betas", "min_snr", "variance", "batch_size", "accumulate", "learning_rate", "warmup_steps", "decay",
+            "weight_decay", "beta2", "ema_decay", "clip", "mixed_precision", "seed")
+
+
+def main(argv=None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for what can be mended, 130 if stopped."""
+    try:
+        run(parse_arguments(argv))
+    except (OSError, ValueError, ImportError) as error:
+        print(f"{Path(sys.argv[0]).name}: {predict.first_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(error if error.args else "stopped", file=sys.stderr)
+        return 130
+    return 0
 
 
 def parse_arguments(argv=None):
     """The command line as a namespace; argparse ends the program with status 2 where a value is wrong."""
+    whole, number = predict.whole_number, predict.finite_number
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("vae", "dit"))
-    parser.add_argument("--data", type=Path, required=True, help="folder with the four Fashion-MNIST files")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--vae", type=Path, help="trained VAE folder (for dit)")
-    parser.add_argument("--pictures", type=int, default=200_000, help="how many pictures to train on in all")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--warmup-steps", type=int, default=500)
-    parser.add_argument("--ema-decay", type=float, default=0.999)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--depth", type=int, default=5)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--patch-size", type=int, default=2)
-    parser.add_argument("--save-every", type=int, default=1000, help="steps between two checkpoints")
-    parser.add_argument("--log-every", type=int, default=50, help="steps between two looks at the loss")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("part", nargs="?", choices=("dit", "vae"), default="dit", help="what to train (default dit)")
+    parser.add_argument("--data", required=True, metavar="DIR", help="a folder per class, or fashion-mnist")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, if there is one")
+    data = parser.add_argument_group("pictures")
+    data.add_argument("--size", type=whole(8, 4096), help="side in pixels (default: of --init, or of the first picture)")
+    data.add_argument("--flip", action="store_true", help="show half of the pictures mirrored")
+    data.add_argument("--strict", action="store_true", help="stop at a picture that cannot be read (default: leave it out)")
+    data.add_argument("--vae", help="folder or hub id of a VAE or of a pipeline (default: that of --init)")
+    data.add_argument("--latents", type=Path, metavar="DIR", help="where they are kept (default: OUTPUT/training/latents)")
+    net = parser.add_argument_group("network")
+    net.add_argument("--model", choices=[f"{name}/{patch}" for name in MODELS for patch in (2, 4, 8)], default="DiT-S/2")
+    net.add_argument("--width", type=whole(8, 8192), help="in place of --model's")
+    net.add_argument("--depth", type=whole(1, 256))
+    net.add_argument("--heads", type=whole(1, 256))
+    net.add_argument("--patch", type=whole(1, 64))
+    net.add_argument("--init", metavar="FOLDER|ID|.pt",
+                     help="trained weights to go on from; all but the label table is kept")
+    net.add_argument("--freeze-below", type=whole(0, 256), default=0, metavar="N", help="train blocks N and above only")
+    goal = parser.add_argument_group("objective")
+    goal.add_argument("--betas", choices=("linear", "cosine"), default="linear")
+    goal.add_argument("--variance", choices=("learned", "fixed"), default="learned")
+    goal.add_argument("--min-snr", type=number, metavar="GAMMA",
+                      help="weigh the error by min(SNR, GAMMA) / SNR; 5 is usual")
+    goal.add_argument("--label-dropout", type=number, default=0.1,
+                      help="share of pictures shown without their class (default 0.1)")
+    loop = parser.add_argument_group("optimisation")
+    loop.add_argument("--steps", type=whole(1, 10**9), default=400_000)
+    loop.add_argument("--batch-size", type=whole(1, 2**20), default=256, help="of all processes together (default 256)")
+    loop.add_argument("--accumulate", type=whole(1, 4096), default=1, help="parts in which a batch is computed")
+    loop.add_argument("--learning-rate", type=number, default=1e-4)
+    loop.add_argument("--warmup-steps", type=whole(0, 10**9), default=0)
+    loop.add_argument("--decay", choices=("constant", "cosine"), default="constant", help="cosine ends at 0")
+    loop.add_argument("--weight-decay", type=number, default=0.0)
+    loop.add_argument("--beta2", type=number, default=0.999)
+    loop.add_argument("--clip", type=number, default=1.0, help="largest norm of the gradient")
+    loop.add_argument("--ema-decay", type=number, default=0.9999)
+    loop.add_argument("--seed", type=whole(0, 2**63 - 1), default=0)
+    speed = parser.add_argument_group("speed and memory")
+    speed.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    speed.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
+    speed.add_argument("--compile", action="store_true")
+    speed.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
+    watch = parser.add_argument_group("what is written")
+    watch.add_argument("--save-every", type=whole(1, 10**9), default=5000, help="steps between checkpoints")
+    watch.add_argument("--keep", type=whole(1, 10**6), default=1, help="how many checkpoints stay")
+    watch.add_argument("--log-every", type=whole(1, 10**9), default=50)
+    watch.add_argument("--sample-every", type=whole(0, 10**9), default=0, help="steps between sheets (default: none)")
+    watch.add_argument("--save-dtype", choices=("float32", "float16"), default="float32", help="of the pipeline at the end")
     arguments = parser.parse_args(argv)
-    if not 1 <= arguments.batch_size <= arguments.pictures:
-        parser.error(f"--batch-size {arguments.batch_size} must be from 1 to --pictures, {arguments.pictures}")
-    if arguments.part == "dit" and arguments.vae is None:
-        parser.error("dit needs --vae DIR: the folder that `train.py vae` wrote")
-    for name in ("train-images-idx3", "train-labels-idx1"):
-        if not (arguments.data / f"{name}-ubyte.gz").is_file():
-            parser.error(f"no {name}-ubyte.gz in {arguments.data}; "
-                         "Fashion-MNIST's four files are in Debian's package dataset-fashion-mnist")
+    if arguments.part == "dit" and not (arguments.vae or arguments.init):
+        parser.error("a DiT is trained on a VAE's latents: give --vae FOLDER_OR_ID, or --init with one in it")
+    width, depth, heads = MODELS[arguments.model.partition("/")[0]]
+    arguments.width, arguments.depth = arguments.width or width, arguments.depth or depth
+    arguments.heads = arguments.heads or (heads if arguments.width == width else max(1, arguments.width // 64))
+    arguments.patch = arguments.patch or int(arguments.model.partition("/")[2])
+    if arguments.width % arguments.heads:
+        parser.error(f"--width {arguments.width} cannot be split into --heads {arguments.heads}")
     return arguments
 
 
-def to_model_range(pictures):
-    """uint8 (n, 1, h, w) in 0..255 -> float32 (n, 3, h, w) in [-1, 1]."""
-    return pictures.float().div(127.5).sub(1).expand(-1, 3, -1, -1)
+def run(arguments):
+    """Load pictures and processes, train what was asked for."""
+    absent = [name for name in ("tensorboard", "matplotlib") if importlib.util.find_spec(name) is None]
+    if absent:
+        raise ImportError(f"training needs {' and '.join(absent)}: pip install {' '.join(absent)}")
 
-
-def batches(count, batch_size, seed, first_step, last_step):
-    """Yield (step, indices): an epoch's order depends on (seed, epoch) alone, so that a resumed run goes on exactly."""
-    import torch
-
-    per_epoch, order, epoch = count // batch_size, None, None
-    for step in range(first_step, last_step):
-        if epoch != step // per_epoch:
-            epoch = step // per_epoch
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        start = step % per_epoch * batch_size
-        yield step, order[start:start + batch_size]
-
-
-def fit(model, loss_of_batch, count, arguments):
-    """Run the optimisation loop that both parts share and return the model's exponential moving average.
-
-    `loss_of_batch(model, indices)` gives the scalar loss. AdamW, linear warm-up, cosine decay to zero, clipping at 1,
-    checkpoints under OUTPUT/checkpoint; an interrupted run goes on from the last one.
-    """
+    import diffusers
     import torch
     from accelerate import Accelerator
-    from torch.optim.swa_utils import AveragedModel
 
-    steps = arguments.pictures // arguments.batch_size
-    if count < arguments.batch_size:
-        raise SystemExit(f"the data has {count} pictures, fewer than --batch-size {arguments.batch_size}")
-    accelerator = Accelerator(cpu=True)
+    from nets.picture_sets import open_pictures
+
+    diffusers.utils.logging.set_verbosity_error()
+    data = FASHION_MNIST if arguments.data == "fashion-mnist" else Path(arguments.data)
+    if not data.exists():
+        hint = " (Debian: apt install dataset-fashion-mnist)" if data == FASHION_MNIST else ""
+        raise OSError(f"there is no folder {data}{hint}")
+    pictures = open_pictures(data, "train")
+    if pictures.labels is None:
+        raise ValueError(f"{data} has no classes; put its pictures into a folder per class")
+    training = arguments.output / "training"
+    accelerator = Accelerator(cpu=arguments.device == "cpu", mixed_precision=arguments.mixed_precision,
+                              log_with="tensorboard", project_dir=training)
+    torch.set_float32_matmul_precision("high")
     torch.manual_seed(arguments.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.99), weight_decay=0.01,
-                                  fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / max(1, arguments.warmup_steps), 0.5 + 0.5 * math.cos(math.pi * min(1, step / steps))))
-
-    def move_average(averages, currents, count):  # a young average forgets faster: its zero initialisation is no memory
-        decay = min(arguments.ema_decay, (1 + count.item()) / (10 + count.item()))
-        torch._foreach_lerp_(averages, currents, 1 - decay)
-
-    average = AveragedModel(model, multi_avg_fn=move_average)
-    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    accelerator.register_for_checkpointing(average)
-
-    checkpoint, first_step = arguments.output / "checkpoint", 0
-    for folder in (checkpoint, checkpoint.with_name("checkpoint.old")):  # the latter alone: killed between two renames
-        if (folder / "step.json").is_file():
-            accelerator.load_state(str(folder))
-            first_step = json.loads((folder / "step.json").read_text())["step"]
-            print(f"going on from step {first_step} of {steps}", flush=True)
-            break
-
-    model.train()
-    total, since, started = torch.zeros(()), 0, time.time()
-    for step, indices in batches(count, arguments.batch_size, arguments.seed, first_step, steps):
-        loss = loss_of_batch(model, indices)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        average.update_parameters(model)
-        total, since = total + loss.detach(), since + 1
-        if since == arguments.log_every or step + 1 == steps:
-            mean, rate = total.item() / since, since * arguments.batch_size / (time.time() - started)
-            if not math.isfinite(mean):
-                raise SystemExit(f"the loss became {mean} at step {step}; the last good checkpoint is {checkpoint}")
-            print(f"step {step + 1}/{steps}  loss {mean:.4f}  {rate:.0f} pictures/s", flush=True)
-            total, since, started = torch.zeros(()), 0, time.time()
-        if (step + 1) % arguments.save_every == 0 and step + 1 < steps:
-            save_checkpoint(accelerator, checkpoint, step + 1)
-    return average.module.eval()
+    accelerator.init_trackers("tensorboard")
+    {"dit": train_dit, "vae": train_vae}[arguments.part](arguments, accelerator, pictures, training)
+    accelerator.end_training()
 
 
-def save_checkpoint(accelerator, folder, step):
-    """Write everything needed to go on under a new name, then put it in the old one's place."""
-    fresh, old = folder.with_name("checkpoint.new"), folder.with_name("checkpoint.old")
-    accelerator.save_state(str(fresh))
-    (fresh / "step.json").write_text(json.dumps({"step": step}))
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+def train_dit(arguments, accelerator, pictures, training):
+    """The DiT on cached latents; at the end --output is a pipeline folder with its card."""
+    import torch
+
+    from nets import DiTPipeline
+    from nets.diffusion import GaussianDiffusion, cosine_betas, linear_betas
+    from nets.model_card import write_card
+    from nets.sampling import picture_generator
+    from nets.scheduling import published_scheduler
+    from nets.training import LOG, fit, indices_of_step
+
+    initial, vae, names = load_networks(arguments)
+    latents = make_latents(arguments, accelerator, pictures, initial, vae, training)
+    transformer = make_transformer(arguments, initial, names, latents)
+    scale, classes, batch_size = vae.config.scaling_factor, len(latents.class_names), arguments.batch_size
+    if arguments.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if arguments.compile:
+        transformer.compile_repeated_blocks()
+    for block in transformer.transformer_blocks:  # labels are dropped here, by the step's own generator
+        block.norm1.emb.class_embedder.dropout_prob = 0.0
+    diffusion = GaussianDiffusion(linear_betas() if arguments.betas == "linear" else cosine_betas())
+
+    def make_batch(step):
+        generator = picture_generator(arguments.seed, step, 1)
+        indices = indices_of_step(len(latents.labels), batch_size, arguments.seed, step)
+        view = torch.randint(latents.views, (batch_size,), generator=generator)
+        of_posterior, noise = torch.randn(2, batch_size, *latents.shape, generator=generator)
+        dropped = torch.rand(batch_size, generator=generator) < arguments.label_dropout
+        return {"latents": latents.draw(indices, view, of_posterior) * scale, "noise": noise,
+                "timestep": torch.randint(diffusion.num_timesteps, (batch_size,), generator=generator),
+                "class_labels": torch.where(dropped, classes, latents.labels[indices])}
+
+    def loss_of_batch(model, batch):
+        noisy = diffusion.add_noise(batch["latents"], batch["noise"], batch["timestep"])
+        output = model(noisy, batch["timestep"], batch["class_labels"]).sample
+        losses = diffusion.loss(output, batch["latents"], batch["noise"], batch["timestep"], arguments.min_snr)
+        return losses, batch["timestep"] * 4 // diffusion.num_timesteps
+
+    def make_pipeline(network):
+        scheduler = published_scheduler("linear" if arguments.betas == "linear" else "squaredcos_cap_v2")
+        return DiTPipeline(network, vae, scheduler, id2label=latents.class_names)
+
+    with progress(arguments, accelerator) as report:
+        average = fit(transformer, make_batch, loss_of_batch, accelerator, training, report=report,
+                      sample=lambda step, network: write_sheet(make_pipeline(network), training, step, accelerator),
+                      **loop_options(arguments))
+    if accelerator.is_main_process:
+        for part in (average, vae) if arguments.save_dtype == "float16" else ():
+            torch.nn.Module.half(part)  # diffusers' own `half` warns of modules to keep in float32, of which there are none
+        save_output(make_pipeline(average), arguments.output, training)
+        millions = sum(parameter.numel() for parameter in average.parameters()) / 1e6
+        write_card(arguments.output, training / LOG, {
+            "data": f"{len(latents.labels)} pictures of {classes} classes from {arguments.data}",
+            "network": f"{millions:.1f} million parameters, latents of {latents.shape}",
+            "command": f"`python train.py {' '.join(sys.argv[1:])}`"})
+        print(f"{arguments.output}: pipeline folder; python predict.py --model {arguments.output}")
 
 
-def train_vae(arguments):
-    """The VAE of Rombach et al. 2022 at toy size: reconstruction plus a light KL term, 32x32x3 -> 8x8x4."""
+def load_networks(arguments):
+    """The transformer of --init or None, the VAE, and the class names that --init has."""
     import torch
     from diffusers import AutoencoderKL
 
-    from nets.picture_sets import read_fashion_mnist
+    from nets import DiTPipeline
+    from nets.checkpoint import from_original, read_config, read_original
+    from nets.loading import find_folder, load_exactly
 
-    pictures, _ = read_fashion_mnist(arguments.data, "train")
-    torch.manual_seed(arguments.seed)
+    transformer = vae = names = None
+    if arguments.init and arguments.init.endswith(".pt"):
+        state_dict = read_original(arguments.init)
+        transformer = from_original(state_dict, read_config(state_dict)).float()
+    elif arguments.init:
+        folder, names = predict.find_model(arguments.init)
+        pipeline = DiTPipeline.from_pretrained(folder, dtype=torch.float32)
+        transformer, vae = pipeline.transformer, pipeline.vae
+    if arguments.vae:
+        folder = predict.MODEL_DATA / arguments.vae
+        folder = folder if folder.is_dir() else find_folder(arguments.vae, ["*.json", "*.safetensors"])
+        folder = folder / "vae" if (folder / "vae").is_dir() else folder
+        vae = load_exactly(AutoencoderKL, folder, dtype=torch.float32)
+        vae.register_to_config(_name_or_path=folder.name)  # else the config tells the path on this machine
+    if vae is None:
+        raise ValueError(f"--init {arguments.init} has no VAE in it; give --vae FOLDER_OR_ID")
+    return transformer, vae.eval().requires_grad_(False), names
+
+
+def make_latents(arguments, accelerator, pictures, initial, vae, training):
+    """The latents of all pictures, from their folder or encoded now, each process its share."""
+    from tqdm import tqdm
+
+    from nets.latents import encode_shard, load_latents, missing_shards, open_latents_folder
+
+    folder, factor = arguments.latents or training / "latents", 2 ** (len(vae.config.block_out_channels) - 1)
+    step = factor * (initial.config.patch_size if initial else arguments.patch)
+    side = arguments.size or (initial.config.sample_size * factor if initial else
+                              min(256, min(pictures.picture(0).size)) // step * step)
+    if side % step or not side:
+        raise ValueError(f"--size {side} is no multiple of {step}: this VAE shrinks pictures by {factor}, and the network "
+                         f"cuts that into patches of {step // factor}")
+    if accelerator.is_main_process:
+        open_latents_folder(folder, pictures, vae, (side, side), arguments.flip)
+    accelerator.wait_for_everyone()
+    missing = missing_shards(folder, pictures.count)[accelerator.process_index::accelerator.num_processes]
+    if missing:
+        vae.to(accelerator.device)
+        with tqdm(desc="latents", unit="picture", disable=not accelerator.is_main_process) as bar:
+            for number in missing:
+                encode_shard(folder, number, pictures, vae, (side, side), arguments.flip, arguments.strict, done=bar.update)
+    accelerator.wait_for_everyone()
+    latents = load_latents(folder)
+    if accelerator.is_main_process:
+        for line in latents.skipped:
+            print(f"left out: {line}", file=sys.stderr)
+    return latents
+
+
+def make_transformer(arguments, initial, names, latents):
+    """A new transformer for these latents, or the `initial` one with a label table for these classes."""
+    from nets import Transformer2DModel
+    from nets.finetuning import freeze_below, with_classes
+
+    channels, side = latents.shape[0], latents.shape[-1]
+    if initial is None:
+        initial = Transformer2DModel(
+            num_attention_heads=arguments.heads, attention_head_dim=arguments.width // arguments.heads,
+            num_layers=arguments.depth, patch_size=arguments.patch, sample_size=side, in_channels=channels,
+            out_channels=channels * (2 if arguments.variance == "learned" else 1),
+            num_embeds_ada_norm=len(latents.class_names))
+    elif (initial.config.in_channels, initial.config.sample_size) != (channels, side):
+        raise ValueError(f"--init was trained on latents of {initial.config.in_channels} channels and side "
+                         f"{initial.config.sample_size}, and these have {channels} and {side}; choose another --size or "
+                         "--vae")
+    elif names != latents.class_names:
+        initial = with_classes(initial, len(latents.class_names))
+    freeze_below(initial, arguments.freeze_below)
+    return initial
+
+
+def train_vae(arguments, accelerator, pictures, training):
+    """A small VAE: 4 latent channels at a quarter of the side, reconstruction and a light KL term (Rombach et al. 2022)."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from nets.sampling import picture_generator
+    from nets.training import fit, indices_of_step
+
+    side = arguments.size or min(256, min(pictures.picture(0).size)) // 4 * 4
     vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
                         block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, latent_channels=4,
-                        sample_size=32)
+                        sample_size=side)
 
-    def loss_of_batch(network, indices):
-        images = to_model_range(pictures[indices])
-        reconstruction, posterior = network(images)
-        return (reconstruction - images).square().mean() + 1e-6 * posterior.kl().mean()
+    def make_batch(step):
+        generator = picture_generator(arguments.seed, step, 1)
+        indices = indices_of_step(pictures.count, arguments.batch_size, arguments.seed, step)
+        return {"images": pictures.pixels(indices, (side, side)).float().div(127.5).sub(1),
+                "noise": torch.randn(arguments.batch_size, 4, side // 4, side // 4, generator=generator)}
 
     class Autoencode(torch.nn.Module):
+        """As one module, so that processes can share its gradients."""
+
         def __init__(self):
             super().__init__()
             self.vae = vae
 
-        def forward(self, images):
+        def forward(self, images, noise):
             posterior = self.vae.encode(images).latent_dist
-            return self.vae.decode(posterior.sample()).sample, posterior
+            return self.vae.decode(posterior.mean + posterior.std * noise).sample, posterior.kl()
 
-    vae = fit(Autoencode(), loss_of_batch, len(pictures), arguments).vae
-    mean, logvar = latent_moments(vae, pictures[:10_000])
-    latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    vae.save_pretrained(arguments.output)
-    print(f"latents: std {latents.std():.4f}, scaling factor {vae.config.scaling_factor}; wrote {arguments.output}")
+    def loss_of_batch(model, batch):
+        reconstruction, divergence = model(batch["images"], batch["noise"])
+        losses = (reconstruction - batch["images"]).square().flatten(1).mean(1) + 1e-6 * divergence
+        return losses, torch.zeros(len(losses), dtype=torch.int64, device=losses.device)
+
+    with progress(arguments, accelerator) as report:
+        vae = fit(Autoencode(), make_batch, loss_of_batch, accelerator, training, report=report,
+                  **loop_options(arguments)).vae
+    if accelerator.is_main_process:
+        images = pictures.pixels(range(min(1000, pictures.count)), (side, side)).float().div(127.5).sub(1)
+        with torch.inference_mode():
+            latents = torch.cat([vae.encode(part.to(vae.device)).latent_dist.sample() for part in images.split(50)])
+        vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+        vae.save_pretrained(arguments.output)
+        print(f"{arguments.output}: VAE, scaling factor {vae.config.scaling_factor}")
 
 
-def latent_moments(vae, pictures, batch_size=500):
-    """Mean and log-variance of the posterior of every picture, each (n, 4, h, w) float32, unscaled."""
+def loop_options(arguments):
+    """The options of the command line that are `fit`'s."""
+    from nets.training import learning_rate_at
+
+    cosine = arguments.steps if arguments.decay == "cosine" else None
+    names = ("steps", "weight_decay", "beta2", "clip", "accumulate", "ema_decay", "save_every", "keep", "log_every",
+             "sample_every", "resume")
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    return {**{name: getattr(arguments, name) for name in names}, "settings": {**settings, "cosine_steps": cosine},
+            "learning_rate": lambda step: learning_rate_at(step, arguments.learning_rate, arguments.warmup_steps, cosine)}
+
+
+@contextlib.contextmanager
+def progress(arguments, accelerator):
+    """A bar with loss and pictures a second, and TensorBoard; gives what `fit` is to report to."""
+    from tqdm import tqdm
+
+    def report(record):
+        rate = arguments.batch_size / record["seconds_per_step"]
+        bar.update(record["step"] - bar.n)
+        bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} pictures/s")
+        quarters = {f"loss/quarter {number + 1}": loss for number, loss in enumerate(record["loss_by_quarter"])
+                    if loss is not None}
+        accelerator.log({"loss/all": record["loss"], **quarters, "gradient norm": record["gradient_norm"],
+                         "learning rate": record["learning_rate"], "pictures per second": rate}, step=record["step"])
+
+    with tqdm(total=arguments.steps, unit="step", disable=not accelerator.is_main_process) as bar:
+        yield report
+
+
+def write_sheet(pipeline, training, step, accelerator):
+    """Four pictures of each of up to eight classes, from the same noise every time, as PNG and for TensorBoard."""
+    import numpy as np
     import torch
+    from diffusers import DPMSolverMultistepScheduler
 
-    with torch.inference_mode():
-        moments = [vae.encode(to_model_range(part)).latent_dist for part in pictures.split(batch_size)]
-        return torch.cat([m.mean for m in moments]), torch.cat([m.logvar for m in moments])
+    from nets.pictures import contact_sheet, save_picture
+
+    pipeline.to(accelerator.device)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    names = {int(label): name for label, name in pipeline.config.id2label.items()}
+    classes = sorted(names)[:8]
+    generators = [torch.Generator().manual_seed(index) for index in range(4 * len(classes))]
+    pictures = pipeline(classes * 4, generator=generators, guidance_scale=4.0, num_inference_steps=25).images
+    sheet = contact_sheet(pictures, [predict.first_name(names, label) for label in classes] * 4, columns=len(classes))
+    (training / "samples").mkdir(exist_ok=True)
+    save_picture(sheet, training / "samples" / f"{step:08d}.png", {})
+    accelerator.get_tracker("tensorboard", unwrap=True).add_image("samples", np.asarray(sheet), step, dataformats="HWC")
 
 
-def train_dit(arguments):
-    """The DiT on cached latents: hybrid loss, learned variance, 10 % label dropout, adaLN-Zero initialisation."""
-    import torch
-    from diffusers import AutoencoderKL
+def save_output(pipeline, output, training):
+    """Write the pipeline's files into --output, each folder whole or not at all."""
+    import os
+    import shutil
 
-    from nets import DiTPipeline, Transformer2DModel
-    from nets.diffusion import GaussianDiffusion, linear_betas
-    from nets.picture_sets import FASHION_MNIST, read_fashion_mnist
-    from nets.scheduling import published_scheduler
-
-    pictures, labels = read_fashion_mnist(arguments.data, "train")
-    vae = AutoencoderKL.from_pretrained(arguments.vae).eval()
-    mean, logvar = latent_moments(vae, pictures)
-    mean, std = mean * vae.config.scaling_factor, (0.5 * logvar).exp() * vae.config.scaling_factor
-    torch.manual_seed(arguments.seed)
-    transformer = Transformer2DModel(
-        num_attention_heads=arguments.heads, attention_head_dim=arguments.width // arguments.heads,
-        num_layers=arguments.depth, patch_size=arguments.patch_size, sample_size=mean.shape[-1],
-        in_channels=mean.shape[1], out_channels=2 * mean.shape[1], num_embeds_ada_norm=len(FASHION_MNIST))
-    diffusion = GaussianDiffusion(linear_betas())
-
-    def loss_of_batch(network, indices):
-        latents = mean[indices] + std[indices] * torch.randn_like(mean[indices])  # (batch, 4, 8, 8)
-        noise = torch.randn_like(latents)
-        timestep = torch.randint(diffusion.num_timesteps, (len(latents),))
-        output = network(diffusion.add_noise(latents, noise, timestep), timestep, labels[indices]).sample
-        return diffusion.loss(output, latents, noise, timestep).mean()
-
-    transformer = fit(transformer, loss_of_batch, len(pictures), arguments)
-    pipeline = DiTPipeline(transformer, vae, published_scheduler(), id2label=FASHION_MNIST)
-    vae.register_to_config(_name_or_path=arguments.vae.name)  # else the config tells the path on this machine
-    for part in (transformer, vae):
-        torch.nn.Module.half(part)  # diffusers' own `half` warns of modules to keep in float32, of which there are none
-    pipeline.save_pretrained(arguments.output)
-    print(f"wrote {arguments.output}")
+    fresh = training / "pipeline.part"
+    shutil.rmtree(fresh, ignore_errors=True)
+    pipeline.save_pretrained(fresh)
+    for path in fresh.iterdir():
+        old = output / path.name
+        if old.is_dir():
+            shutil.rmtree(old)
+        os.replace(path, old)
+    fresh.rmdir()
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    {"vae": train_vae, "dit": train_dit}[arguments.part](arguments)
+    sys.exit(main())

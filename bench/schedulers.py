@@ -18,13 +18,12 @@ import sys
 import time
 from pathlib import Path
 
-from bench.small_model import CLASSES, ROOT, accuracy, distance, judge, sample, to_pictures
+from bench.small_model import CLASSES, ROOT, accuracy, distance, judge, sample, to_model_range, to_pictures
 from nets import DiTPipeline
 from nets.features import FeatureExtractor
 from nets.picture_sets import read_fashion_mnist
 from nets.pictures import contact_sheet
 from nets.scheduling import SCHEDULERS, make_scheduler
-from train import to_model_range
 
 STEPS, MORE_STEPS = (10, 25, 50), {"ddpm": (100,), "ddpm-learned": (100,)}
 GUIDANCE_SCALE = 2.0

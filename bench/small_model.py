@@ -23,10 +23,14 @@ from nets.features import FeatureExtractor, Features, make_features
 from nets.metrics import frechet_distance, spread
 from nets.picture_sets import FASHION_MNIST, read_fashion_mnist
 from nets.pictures import contact_sheet
-from train import to_model_range
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = len(FASHION_MNIST)
+
+
+def to_model_range(pictures):
+    """uint8 (n, 1, h, w) in 0..255 -> float32 (n, 3, h, w) in [-1, 1]."""
+    return pictures.float().div(127.5).sub(1).expand(-1, 3, -1, -1)
 
 
 def judge(extractor, images, labels=None, batch_size=500) -> Features:

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
+from bench.small_model import to_model_range
 from nets.picture_sets import FASHION_MNIST, read_fashion_mnist
-from train import batches, to_model_range
+from nets.training import indices_of_step
 
 
 def accuracy(model, pictures, labels):
@@ -46,7 +47,8 @@ def main():
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 200, 0.5 + 0.5 * math.cos(
         math.pi * step / steps)))
     started = time.time()
-    for step, indices in batches(len(pictures), arguments.batch_size, arguments.seed, 0, steps):
+    for step in range(steps):
+        indices = indices_of_step(len(pictures), arguments.batch_size, arguments.seed, step)
         model.train()
         left, top = torch.randint(0, 3, (2,)).tolist()  # shift by up to one pixel
         images = F.pad(to_model_range(pictures[indices]), (1, 1, 1, 1), value=-1)[..., top:top + 32, left:left + 32]

@@ -21,9 +21,9 @@ from PIL import Image
 MANIFEST, SETTINGS = "manifest.jsonl", "settings.json"
 
 
-def picture_generator(seed: int, index: int) -> torch.Generator:
+def picture_generator(seed: int, *index: int) -> torch.Generator:
     """The generator of all noise of picture `index`, on the CPU. Source: NumPy's `SeedSequence`, made for such streams."""
-    state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
+    state = np.random.SeedSequence([seed, *index]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
 
 

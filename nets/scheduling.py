@@ -40,14 +40,15 @@ def make_scheduler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
     return getattr(diffusers, SCHEDULERS[name]).from_config(config)
 
 
-def published_scheduler() -> DDIMScheduler:
+def published_scheduler(beta_schedule: str = "linear") -> DDIMScheduler:
     """The scheduler of the published folders: the betas that DiT is trained with, and no `timestep_spacing`.
 
-    So each scheduler class that is made from its config keeps its own spacing.
+    So each scheduler class that is made from its config keeps its own spacing. Improved DDPM's cosine betas are
+    "squaredcos_cap_v2".
     """
     from diffusers import DDIMScheduler
 
-    return DDIMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
+    return DDIMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule=beta_schedule,
                          trained_betas=None, clip_sample=False, set_alpha_to_one=True, steps_offset=0,
                          prediction_type="epsilon")
 

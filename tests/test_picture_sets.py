@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-import train
 from nets.picture_sets import FASHION_MNIST, open_pictures, read_fashion_mnist
 from nets.sampling import PictureWriter, gather_manifest, open_folder
 
@@ -36,8 +35,6 @@ def test_fashion_mnist_is_read_and_padded(fashion_mnist):
     assert pictures.shape == (30, 1, 32, 32) and labels.tolist() == [k % 10 for k in range(30)]
     assert not pictures[:, :, :2].any() and not pictures[..., -2:].any()
     assert pictures[0, 0, 2:10, 7:22].eq(200).all() and pictures[0].sum() == 200 * 8 * 15
-    images = train.to_model_range(pictures)
-    assert images.shape == (30, 3, 32, 32) and images.min() == -1 and images.max() == pytest.approx(200 / 127.5 - 1)
     opened = open_pictures(fashion_mnist, "train")
     assert opened.class_names == FASHION_MNIST and torch.equal(opened.labels, labels)
     assert torch.equal(opened.pixels([3], (32, 32)), pictures[3:4].expand(-1, 3, -1, -1))
