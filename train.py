@@ -143,54 +143,36 @@ def train_dit(arguments, accelerator, pictures, training):
 
     from nets import DiTPipeline
     from nets.diffusion import GaussianDiffusion, cosine_betas, linear_betas
-    from nets.model_card import write_card
-    from nets.sampling import picture_generator
+    from nets.model_card import save_pipeline, write_card, write_sheet
+    from nets.objectives import denoise
     from nets.scheduling import published_scheduler
-    from nets.training import LOG, fit, indices_of_step
+    from nets.training import LOG, fit
 
     initial, vae, names = load_networks(arguments)
     latents = make_latents(arguments, accelerator, pictures, initial, vae, training)
     transformer = make_transformer(arguments, initial, names, latents)
-    scale, classes, batch_size = vae.config.scaling_factor, len(latents.class_names), arguments.batch_size
-    if arguments.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if arguments.compile:
-        transformer.compile_repeated_blocks()
-    for block in transformer.transformer_blocks:  # labels are dropped here, by the step's own generator
-        block.norm1.emb.class_embedder.dropout_prob = 0.0
-    diffusion = GaussianDiffusion(linear_betas() if arguments.betas == "linear" else cosine_betas())
-
-    def make_batch(step):
-        generator = picture_generator(arguments.seed, step, 1)
-        indices = indices_of_step(len(latents.labels), batch_size, arguments.seed, step)
-        view = torch.randint(latents.views, (batch_size,), generator=generator)
-        of_posterior, noise = torch.randn(2, batch_size, *latents.shape, generator=generator)
-        dropped = torch.rand(batch_size, generator=generator) < arguments.label_dropout
-        return {"latents": latents.draw(indices, view, of_posterior) * scale, "noise": noise,
-                "timestep": torch.randint(diffusion.num_timesteps, (batch_size,), generator=generator),
-                "class_labels": torch.where(dropped, classes, latents.labels[indices])}
-
-    def loss_of_batch(model, batch):
-        noisy = diffusion.add_noise(batch["latents"], batch["noise"], batch["timestep"])
-        output = model(noisy, batch["timestep"], batch["class_labels"]).sample
-        losses = diffusion.loss(output, batch["latents"], batch["noise"], batch["timestep"], arguments.min_snr)
-        return losses, batch["timestep"] * 4 // diffusion.num_timesteps
+    betas, schedule = ((linear_betas(), "linear") if arguments.betas == "linear" else
+                       (cosine_betas(), "squaredcos_cap_v2"))
+    objective = denoise(latents, GaussianDiffusion(betas), vae.config.scaling_factor, arguments.batch_size, arguments.seed,
+                        arguments.label_dropout, arguments.min_snr)
 
     def make_pipeline(network):
-        scheduler = published_scheduler("linear" if arguments.betas == "linear" else "squaredcos_cap_v2")
-        return DiTPipeline(network, vae, scheduler, id2label=latents.class_names)
+        return DiTPipeline(network, vae, published_scheduler(schedule), id2label=latents.class_names)
+
+    def sample(step, network):
+        sheet = write_sheet(make_pipeline(network).to(accelerator.device), training / "samples" / f"{step:08d}.png")
+        accelerator.get_tracker("tensorboard", unwrap=True).add_image("samples", sheet, step, dataformats="HWC")
 
     with progress(arguments, accelerator) as report:
-        average = fit(transformer, make_batch, loss_of_batch, accelerator, training, report=report,
-                      sample=lambda step, network: write_sheet(make_pipeline(network), training, step, accelerator),
+        average = fit(transformer, *objective, accelerator, training, report=report, sample=sample,
                       **loop_options(arguments))
     if accelerator.is_main_process:
         for part in (average, vae) if arguments.save_dtype == "float16" else ():
             torch.nn.Module.half(part)  # diffusers' own `half` warns of modules to keep in float32, of which there are none
-        save_output(make_pipeline(average), arguments.output, training)
+        save_pipeline(make_pipeline(average), arguments.output, training)
         millions = sum(parameter.numel() for parameter in average.parameters()) / 1e6
         write_card(arguments.output, training / LOG, {
-            "data": f"{len(latents.labels)} pictures of {classes} classes from {arguments.data}",
+            "data": f"{len(latents.labels)} pictures of {len(latents.class_names)} classes from {arguments.data}",
             "network": f"{millions:.1f} million parameters, latents of {latents.shape}",
             "command": f"`python train.py {' '.join(sys.argv[1:])}`"})
         print(f"{arguments.output}: pipeline folder; python predict.py --model {arguments.output}")
@@ -273,47 +255,30 @@ def make_transformer(arguments, initial, names, latents):
     elif names != latents.class_names:
         initial = with_classes(initial, len(latents.class_names))
     freeze_below(initial, arguments.freeze_below)
+    for block in initial.transformer_blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0.0  # the objective drops labels itself
+    if arguments.gradient_checkpointing:
+        initial.enable_gradient_checkpointing()
+    if arguments.compile:
+        initial.compile_repeated_blocks()
     return initial
 
 
 def train_vae(arguments, accelerator, pictures, training):
-    """A small VAE: 4 latent channels at a quarter of the side, reconstruction and a light KL term (Rombach et al. 2022)."""
+    """A small VAE: 4 latent channels at a quarter of the side."""
     import torch
     from diffusers import AutoencoderKL
 
-    from nets.sampling import picture_generator
-    from nets.training import fit, indices_of_step
+    from nets.objectives import Autoencode, reconstruct
+    from nets.training import fit
 
     side = arguments.size or min(256, min(pictures.picture(0).size)) // 4 * 4
     vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
                         block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, latent_channels=4,
                         sample_size=side)
-
-    def make_batch(step):
-        generator = picture_generator(arguments.seed, step, 1)
-        indices = indices_of_step(pictures.count, arguments.batch_size, arguments.seed, step)
-        return {"images": pictures.pixels(indices, (side, side)).float().div(127.5).sub(1),
-                "noise": torch.randn(arguments.batch_size, 4, side // 4, side // 4, generator=generator)}
-
-    class Autoencode(torch.nn.Module):
-        """As one module, so that processes can share its gradients."""
-
-        def __init__(self):
-            super().__init__()
-            self.vae = vae
-
-        def forward(self, images, noise):
-            posterior = self.vae.encode(images).latent_dist
-            return self.vae.decode(posterior.mean + posterior.std * noise).sample, posterior.kl()
-
-    def loss_of_batch(model, batch):
-        reconstruction, divergence = model(batch["images"], batch["noise"])
-        losses = (reconstruction - batch["images"]).square().flatten(1).mean(1) + 1e-6 * divergence
-        return losses, torch.zeros(len(losses), dtype=torch.int64, device=losses.device)
-
+    objective = reconstruct(pictures, side, (4, side // 4, side // 4), arguments.batch_size, arguments.seed)
     with progress(arguments, accelerator) as report:
-        vae = fit(Autoencode(), make_batch, loss_of_batch, accelerator, training, report=report,
-                  **loop_options(arguments)).vae
+        vae = fit(Autoencode(vae), *objective, accelerator, training, report=report, **loop_options(arguments)).vae
     if accelerator.is_main_process:
         images = pictures.pixels(range(min(1000, pictures.count)), (side, side)).float().div(127.5).sub(1)
         with torch.inference_mode():
@@ -351,43 +316,6 @@ def progress(arguments, accelerator):
 
     with tqdm(total=arguments.steps, unit="step", disable=not accelerator.is_main_process) as bar:
         yield report
-
-
-def write_sheet(pipeline, training, step, accelerator):
-    """Four pictures of each of up to eight classes, from the same noise every time, as PNG and for TensorBoard."""
-    import numpy as np
-    import torch
-    from diffusers import DPMSolverMultistepScheduler
-
-    from nets.pictures import contact_sheet, save_picture
-
-    pipeline.to(accelerator.device)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    names = {int(label): name for label, name in pipeline.config.id2label.items()}
-    classes = sorted(names)[:8]
-    generators = [torch.Generator().manual_seed(index) for index in range(4 * len(classes))]
-    pictures = pipeline(classes * 4, generator=generators, guidance_scale=4.0, num_inference_steps=25).images
-    sheet = contact_sheet(pictures, [predict.first_name(names, label) for label in classes] * 4, columns=len(classes))
-    (training / "samples").mkdir(exist_ok=True)
-    save_picture(sheet, training / "samples" / f"{step:08d}.png", {})
-    accelerator.get_tracker("tensorboard", unwrap=True).add_image("samples", np.asarray(sheet), step, dataformats="HWC")
-
-
-def save_output(pipeline, output, training):
-    """Write the pipeline's files into --output, each folder whole or not at all."""
-    import os
-    import shutil
-
-    fresh = training / "pipeline.part"
-    shutil.rmtree(fresh, ignore_errors=True)
-    pipeline.save_pretrained(fresh)
-    for path in fresh.iterdir():
-        old = output / path.name
-        if old.is_dir():
-            shutil.rmtree(old)
-        os.replace(path, old)
-    fresh.rmdir()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,42 @@
-"""What a trained model's folder says of itself: README.md, with the curve of its loss as a picture."""
+"""What a training leaves behind: the pipeline's folder, a card with the curve of the loss, sheets of samples on the way."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler
+
+from nets.pictures import contact_sheet, save_picture
+from nets.pipeline import DiTPipeline
 from nets.sampling import write_whole
+
+
+def save_pipeline(pipeline: DiTPipeline, output: Path, scratch: Path):
+    """Write a pipeline's files into `output`, each of its folders whole or not at all, by way of the folder `scratch`."""
+    fresh = scratch / "pipeline.part"
+    shutil.rmtree(fresh, ignore_errors=True)
+    pipeline.save_pretrained(fresh)
+    for path in fresh.iterdir():
+        shutil.rmtree(output / path.name, ignore_errors=True)
+        os.replace(path, output / path.name)
+    fresh.rmdir()
+
+
+def write_sheet(pipeline: DiTPipeline, path: Path) -> np.ndarray:
+    """Four pictures of each of up to eight classes as a PNG, from the same noise every time; returns (height, width, 3)."""
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    id2label = {int(label): name for label, name in pipeline.config.id2label.items()}
+    names = {label: id2label[label].split(",")[0] for label in sorted(id2label)[:8]}
+    generators = [torch.Generator().manual_seed(index) for index in range(4 * len(names))]
+    pictures = pipeline(list(names) * 4, generator=generators, guidance_scale=4.0, num_inference_steps=25).images
+    sheet = contact_sheet(pictures, list(names.values()) * 4, columns=len(names))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_picture(sheet, path, {})
+    return np.asarray(sheet)
 
 
 def write_card(folder: Path, log: Path, facts: dict[str, str]):
