@@ -1,4 +1,4 @@
-"""Installs the library `nets`, the commands `dit-predict`, `dit-sample`, `dit-evaluate`, `dit-convert`, the small model."""
+"""Installs the library `nets`, the commands `dit-predict`, `dit-sample`, `dit-evaluate`, `dit-train`, `dit-convert`."""
 
 import re
 from pathlib import Path
@@ -22,8 +22,8 @@ setup(
                                 "model_data/fashion-mnist-32/*/*", "model_data/fashion-mnist-classifier/*"]},
     install_requires=["torch>=2.6", "diffusers>=0.42,<0.43", "accelerate>=1.0", "safetensors>=0.4", "numpy>=1.26",
                       "pillow>=10"],
-    extras_require={"eval": ["transformers>=5", "torchmetrics>=1.4"]},
+    extras_require={"eval": ["transformers>=5", "torchmetrics>=1.4"], "train": ["tensorboard", "matplotlib"]},
     entry_points={"console_scripts": ["dit-predict=dit_verbs.predict:main", "dit-convert=dit_verbs.convert:main",
                                       "dit-sample=dit_verbs.sample:main",
-                                      "dit-evaluate=dit_verbs.evaluate:main"]},
+                                      "dit-evaluate=dit_verbs.evaluate:main", "dit-train=dit_verbs.train:main"]},
 )

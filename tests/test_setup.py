@@ -37,7 +37,7 @@ def test_the_installed_command_makes_a_picture_from_an_empty_folder(wheel, tmp_p
     empty.mkdir()
     zipfile.ZipFile(wheel).extractall(site)
     (entry_points,) = site.glob("*.dist-info/entry_points.txt")
-    for verb in ("predict", "convert", "sample", "evaluate"):
+    for verb in ("predict", "convert", "sample", "evaluate", "train"):
         assert f"dit-{verb} = dit_verbs.{verb}:main" in entry_points.read_text()
     done = subprocess.run([sys.executable, "-c", "import sys; from dit_verbs.predict import main; sys.exit(main())", "bag",
                            "--steps", "2"], cwd=empty, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True,
