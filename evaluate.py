@@ -81,12 +81,19 @@ def run(arguments):
     for path in (arguments.reference, arguments.training):
         if path and not path.exists():
             raise OSError(f"there is no file or folder {path}")
+        if path and path.suffix not in (".safetensors", ".npz"):
+            open_pictures(path)
     pictures = open_pictures(arguments.samples)
     if pictures.count < 10 * PARTS:
         raise ValueError(f"{arguments.samples} has {pictures.count} pictures; it takes {10 * PARTS} at least")
     size = pictures.picture(0).size
     fashion_mnist = is_fashion_mnist(arguments.reference or arguments.samples)
     extractor = load_extractor(arguments, fashion_mnist or pictures.class_names == FASHION_MNIST)
+    place = arguments.samples.resolve()
+    output = arguments.output or place.with_name(f"{place.name if place.is_dir() else place.stem}-evaluation")
+    if place in output.resolve().parents:
+        raise ValueError(f"{output} is inside the samples, whose number its sheets would raise; choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
     samples = extract(extractor, pictures, size, progress=progress("samples"))
     reference_pictures = None
     if arguments.halves:
@@ -101,15 +108,17 @@ def run(arguments):
              f"features: {extractor.name}, {len(reference.mean)} numbers a picture, of pictures of {size[0]}x{size[1]}"]
     print("\n".join([*heads, "", *table(figures, len(samples))]), flush=True)
 
-    output = arguments.output or arguments.samples.resolve().with_name(f"{arguments.samples.resolve().stem}-evaluation")
-    output.mkdir(parents=True, exist_ok=True)
+    results = {"samples": {"name": samples.name, "count": len(samples), "size": size},
+               "reference": {"name": reference.name, "count": len(reference) or None, "how": how},
+               "features": {"name": extractor.name, "mark": extractor.mark}, "figures": figures, "classes": classes}
+    write_whole(output / "metrics.json", json.dumps(results, indent=2).encode() + b"\n")
     report = ["# Evaluation", "", *(f"- {head}" for head in heads), "", *table(figures, len(samples), "| ")]
     distances = None
     if not arguments.halves:
         report += ["", "## Samples", "", write_sample_sheet(output / "samples.png", pictures, size, classes)]
         training = arguments.training or (arguments.reference if reference_pictures else None)
         if training is not None:
-            split = "train" if is_fashion_mnist(training) else "test"
+            split = "train" if (training / "train-images-idx3-ubyte.gz").is_file() else "test"
             known, known_pictures, _ = reference_features(training, extractor, size, split, progress("training set"))
             if known_pictures is None:
                 raise ValueError(f"--training {training} has no pictures to show")
@@ -118,10 +127,7 @@ def run(arguments):
             report += ["", "## Nearest pictures of the training data", "", text]
         report += class_table(classes)
     write_whole(output / "report.md", "\n".join(report).encode() + b"\n")
-    results = {"samples": {"name": samples.name, "count": len(samples), "size": size},
-               "reference": {"name": reference.name, "count": len(reference) or None, "how": how},
-               "features": {"name": extractor.name, "mark": extractor.mark}, "figures": figures, "classes": classes,
-               "nearest": distances, "seconds": round(time.perf_counter() - started, 1)}
+    results |= {"nearest": distances, "seconds": round(time.perf_counter() - started, 1)}
     write_whole(output / "metrics.json", json.dumps(results, indent=2).encode() + b"\n")
     print(f"\n{output}: report.md, metrics.json{'' if arguments.halves else ' and sheets'}; {results['seconds']:.0f} s")
 
@@ -145,9 +151,10 @@ def table(figures, count, edge=""):
     lines = [columns, ["---"] * 5] if edge else [columns]
     for name, (title, form) in FIGURES.items():
         if name in figures:
-            parts = figures[name]["parts"]
-            lines.append([title, *(form.format(value) for value in (figures[name]["value"], sum(parts) / len(parts),
-                                                                    min(parts), max(parts)))])
+            parts = [part for part in figures[name]["parts"] if part is not None]
+            numbers = [sum(parts) / len(parts), min(parts), max(parts)] if parts else []
+            cells = [form.format(value) for value in (figures[name]["value"], *numbers)]
+            lines.append([title, *cells, *[""] * (4 - len(cells))])
     if edge:
         return [f"| {' | '.join(cells)} |" for cells in lines]
     widths = [max(len(cells[column]) for cells in lines) for column in range(5)]
@@ -171,16 +178,19 @@ def class_table(classes):
 
 def write_sample_sheet(path, pictures, size, classes):
     """Eight samples of each of up to sixteen classes, the worst first, or 64 without classes; returns the Markdown."""
+    from PIL import Image
+
     from nets.pictures import contact_sheet, save_picture
 
-    step = -(-len(classes) // 16) or 1
-    shown = {row["name"].split(",")[0]: (pictures.labels == row["class"]).nonzero().flatten() for row in classes[::step]}
-    columns = [(name, indices[:8].tolist()) for name, indices in shown.items()]
-    columns = columns or [("", list(range(column, 64, 8))) for column in range(8)]
-    depth = min(len(indices) for _, indices in columns)
-    cells = [(name, indices[row]) for row in range(depth) for name, indices in columns]
-    save_picture(contact_sheet(to_pictures(pictures, [index for _, index in cells], size), [name for name, _ in cells],
-                               columns=len(columns), smallest=64), path, {})
+    columns = [(row["name"].split(",")[0], (pictures.labels == row["class"]).nonzero().flatten()[:8].tolist())
+               for row in classes[:16]]
+    columns = columns or [("", list(range(column, min(64, pictures.count), 8))) for column in range(8)]
+    depth = max(len(indices) for _, indices in columns)
+    cells = [(name, indices[row]) if row < len(indices) else ("", None)
+             for row in range(depth) for name, indices in columns]
+    blank = Image.new("RGB", size, "white")
+    shown = [blank if index is None else to_pictures(pictures, [index], size)[0] for _, index in cells]
+    save_picture(contact_sheet(shown, [name for name, _ in cells], columns=len(columns), smallest=64), path, {})
     order = "A column a class, the worst recognised first. " if classes else ""
     return f"{order}\n\n![samples]({path.name})"
 

@@ -8,6 +8,7 @@
 import argparse
 import contextlib
 import datetime
+import os
 import sys
 import threading
 import time
@@ -57,7 +58,7 @@ def run(arguments):
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    from nets.loading import fingerprint
+    from nets.loading import config_fingerprint, fingerprint
     from nets.sampling import PictureWriter, gather_manifest, open_folder, picture_generator, picture_label, write_npz
 
     arguments.model = arguments.model or predict.model_name()
@@ -75,6 +76,7 @@ def run(arguments):
         try:
             settings = {**{name: getattr(arguments, name) for name in SETTINGS}, "labels": labels,
                         "weights": fingerprint(pipeline.transformer, pipeline.vae),
+                        "config": config_fingerprint(pipeline.transformer, pipeline.vae, pipeline.scheduler),
                         "class_names": {str(label): names for label, names in id2label.items()}}
             done = open_folder(arguments.output, {key: value if not isinstance(value, tuple) else list(value)
                                                   for key, value in settings.items()})
@@ -102,6 +104,8 @@ def run(arguments):
                     for index, class_id, picture in zip(batch, class_ids, pictures):
                         writer.put(picture, {"index": index, "class": class_id, "seed": arguments.seed})
             state.wait_for_everyone()
+    except (ValueError, RuntimeError) as error:  # a scheduler that cannot do so few steps, too little memory
+        raise ValueError(f"cannot make these pictures with {arguments.scheduler}: {predict.first_line(error)}") from error
     except OSError as error:
         raise OSError(f"cannot write into {arguments.output}: {predict.first_line(error)}; what is there is whole, and the "
                       "same command goes on from it") from error
@@ -126,8 +130,19 @@ def read_labels(how, id2label, classes):
 
     if how in ("uniform", "balanced"):
         return how
-    names = Path(how).read_text().splitlines() if Path(how).is_file() else how.split(",")
+    names = Path(how).read_text().splitlines() if os.path.isfile(how) else split_names(how, id2label)
     return check_class_ids(find_label_ids([name.strip() for name in names if name.strip()], id2label), classes)
+
+
+def split_names(text, id2label):
+    """The names between the commas of a text; a class's names that have commas in them stay together."""
+    pieces, names = text.split(","), []
+    while pieces:
+        length = next((length for length in range(len(pieces), 1, -1)
+                       if ",".join(pieces[:length]).strip() in id2label.values()), 1)
+        names.append(",".join(pieces[:length]))
+        pieces = pieces[length:]
+    return names
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Features of pictures, in which two sets of pictures are compared: of any image network of transformers, or of Inception.
+"""Features of pictures, in which two sets are compared: of an image classifier or DINOv2 of transformers, or Inception's.
 
 Frechet distances in DINOv2's features agree with people better than those in Inception's: Stein et al. 2023,
 "Exposing flaws of generative model evaluation metrics" (arXiv 2306.04675).
@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from nets.loading import find_folder, fingerprint
-from nets.picture_sets import PictureSet, open_pictures
+from nets.loading import find_folder, fingerprint, write_tensors
+from nets.picture_sets import PictureSet, npz_names, open_pictures
 
 INCEPTION = "inception"
 
@@ -23,7 +22,7 @@ INCEPTION = "inception"
 class FeatureExtractor(torch.nn.Module):
     """A network of the transformers library: uint8 pictures -> features, and logits if it is a classifier.
 
-    Features of a classifier are what enters its last linear layer; those of a backbone such as DINOv2 its pooled output.
+    Features of a classifier are what enters its last linear layer; those of DINOv2 its class token.
     `mark` tells networks and preprocessing apart; `id2label` is a classifier's. Pictures are prepared as the folder's
     `preprocessor_config.json` says, by Pillow, so that they are the same on every machine; but a picture is scaled whole to
     DINOv2's size, not cut, as Stein et al. do. Raises OSError or ValueError, in one line, where that cannot be loaded.
@@ -38,9 +37,11 @@ class FeatureExtractor(torch.nn.Module):
             self.id2label = dict(self.network.config.id2label)
             head = [part for part in self.network.modules() if isinstance(part, torch.nn.Linear)][-1]
             head.register_forward_pre_hook(lambda _, inputs: setattr(self, "features", inputs[0]))
-        self.options = {}
-        if self.network.config.model_type.startswith("dinov2"):
-            self.options = {"size": dict(self.processor.crop_size), "do_center_crop": False}
+        elif not self.network.config.model_type.startswith("dinov2"):
+            raise ValueError(f"{folder_or_id} is a {type(self.network).__name__}; features are those of image classifiers "
+                             "and of DINOv2")
+        crop = getattr(self.processor, "crop_size", None)
+        self.options = {} if self.id2label or not crop else {"size": dict(crop), "do_center_crop": False}
         preprocessing = json.dumps({**self.processor.to_dict(), **self.options}, sort_keys=True)
         self.mark = f"{fingerprint(self.network)} {preprocessing}"
         self.network.to(self.device).eval()
@@ -52,9 +53,7 @@ class FeatureExtractor(torch.nn.Module):
         output = self.network(pixels)
         if self.id2label:
             return self.features.flatten(1).float().cpu(), output.logits.float().cpu()
-        pooled = getattr(output, "pooler_output", None)
-        features = output.last_hidden_state[:, 0] if pooled is None else pooled
-        return features.flatten(1).float().cpu(), None
+        return output.pooler_output.float().cpu(), None  # the class token
 
 
 def load_network(folder: Path):
@@ -163,7 +162,7 @@ def reference_features(path: Path, extractor, size: tuple[int, int], split: str 
             raise ValueError(f"{path} holds features of another {' and '.join(other)}; name the pictures instead")
         return features, None, "kept features"
     published = load_statistics(path) if path.suffix == ".npz" else None
-    if published is not None and not has_pictures(path):
+    if published is not None and "arr_0" not in npz_names(path):
         if extractor.name != INCEPTION:
             raise ValueError(f"{path} has statistics only, without saying of which features; they are taken for "
                              f"{INCEPTION}'s, and these are {extractor.name}'s")
@@ -186,29 +185,17 @@ def reference_features(path: Path, extractor, size: tuple[int, int], split: str 
         try:
             save_features(kept, features, mark)
         except OSError as error:
-            how = f"computed, and not kept: {error.strerror or error}"
+            how = f"computed, and not kept: {error}"
     if published is not None and extractor.name == INCEPTION:
         features.mean, features.covariance = published.mean, published.covariance
         how += "; mean and covariance as published"
     return features, pictures, how
 
 
-def has_pictures(path: Path) -> bool:
-    """Whether an npz has `arr_0`."""
-    with np.load(path) as archive:
-        return "arr_0" in archive.files
-
-
 def save_features(path: Path, features: Features, mark: dict[str, str]):
     """Write features and what they were made of, `mark`; the file appears whole or not at all. Raises OSError."""
     tensors = {name: tensor.contiguous() for name, tensor in vars(features).items() if isinstance(tensor, torch.Tensor)}
-    unfinished = path.with_name(f"{path.name}.part")
-    try:
-        save_file(tensors, unfinished, metadata={**mark, "name": features.name,
-                                                 "class_names": json.dumps(features.class_names)})
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_tensors(path, tensors, {**mark, "name": features.name, "class_names": json.dumps(features.class_names)})
 
 
 def load_features(path: Path) -> tuple[Features, dict[str, str]]:
@@ -227,9 +214,9 @@ def load_features(path: Path) -> tuple[Features, dict[str, str]]:
 
 def load_statistics(path: Path) -> Features | None:
     """`mu` and `sigma` of an npz, as ADM's reference files and pytorch-fid's have them; None if it has none."""
+    if not {"mu", "sigma"} <= set(npz_names(path)):
+        return None
     with np.load(path) as archive:
-        if not {"mu", "sigma"} <= set(archive.files):
-            return None
         mean, covariance = (torch.from_numpy(archive[name]).double() for name in ("mu", "sigma"))
     if covariance.shape != (*mean.shape, *mean.shape):
         raise ValueError(f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} do not belong together")

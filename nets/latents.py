@@ -5,7 +5,6 @@ shard each in turn; an interrupted one is gone on with, shard by shard.
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from nets.loading import fingerprint
+from nets.loading import fingerprint, write_tensors
 from nets.picture_sets import PictureSet
 from nets.sampling import write_whole
 
@@ -112,13 +111,7 @@ def encode_shard(folder: Path, number: int, pictures: PictureSet, vae: Autoencod
         done(len(kept))
     tensors = dict(zip(("mean", "logvar"), (torch.cat(parts) for parts in zip(*moments)))) if moments else {}
     tensors["labels"] = pictures.labels[numbers] if numbers else torch.empty(0, dtype=torch.int64)
-    path = shard_path(folder, number)
-    unfinished = path.with_name(f"{path.name}.part")
-    try:
-        save_file(tensors, unfinished, metadata={"skipped": json.dumps(skipped)})
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_tensors(shard_path(folder, number), tensors, {"skipped": json.dumps(skipped)})
 
 
 def load_latents(folder: Path) -> Latents:

@@ -6,6 +6,7 @@ A folder is `model_index.json`, `transformer/`, `vae/` and `scheduler/`, as diff
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import diffusers
@@ -14,6 +15,8 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.model_loading_utils import load_state_dict
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from nets.transformer_2d import Transformer2DModel
 
@@ -97,6 +100,24 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
     """The dtype in which a network's folder keeps its weights; None if it has no weights."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     return next((tensor.dtype for file in files for tensor in load_state_dict(str(file)).values()), None)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None):
+    """Write a safetensors file that appears whole or not at all. Raises OSError, in one line, where that cannot be."""
+    unfinished = path.with_name(f"{path.name}.part")
+    try:
+        save_file(tensors, unfinished, metadata)
+        os.replace(unfinished, path)
+    except SafetensorError as error:  # which is no OSError, for a disk that is full or not to be written on
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def config_fingerprint(*parts) -> str:
+    """SHA-256 over the configs of networks and schedulers, but for what tells where they came from."""
+    configs = [{key: value for key, value in part.config.items() if not key.startswith("_")} for part in parts]
+    return hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def fingerprint(*networks: torch.nn.Module) -> str:

@@ -3,6 +3,7 @@
 Improved precision and recall (Kynkaanniemi et al. 2019) are ours.
 """
 
+import math
 import warnings
 
 import torch
@@ -35,7 +36,8 @@ def compare(samples: Features, reference: Features, id2label: dict[int, str] | N
     real_spread = {}
     if len(reference) and samples.labels is not None and reference.labels is not None:
         labels = match_classes(reference.labels, reference.class_names, samples.class_names)
-        real_spread = spread(reference.features[labels >= 0], labels[labels >= 0])
+        found = spread(reference.features[labels >= 0], labels[labels >= 0])
+        real_spread = {label: value for label, value in found.items() if value > 0}
 
     def figures_of(chosen):
         features = samples.features[chosen]
@@ -79,7 +81,7 @@ def compare(samples: Features, reference: Features, id2label: dict[int, str] | N
 def match_classes(labels: Tensor, names: dict[int, str] | None, others: dict[int, str] | None) -> Tensor:
     """Class ids (n,) of one set as another calls them: by name if both have names, else as they are; -1 where unknown."""
     if not names or not others:
-        return labels
+        return labels if not others else torch.where(torch.isin(labels, torch.tensor(list(others))), labels, -1)
     index, table = name_index(others), {}
     for label in labels.unique().tolist():
         called = classes_called(names[label], index) if label in names else set()
@@ -102,8 +104,14 @@ class Given(torch.nn.Module):
 def frechet_distance(features: Tensor, mean: Tensor, covariance: Tensor) -> float:
     """Frechet distance of Gaussians: fitted to features (n, dim), and of this mean (dim,) and covariance (dim, dim).
 
+    Raises ValueError for what is not finite, or of two dimensions.
     Source: Heusel et al. 2017, eq. 6 (arXiv 1706.08500); torchmetrics' `FrechetInceptionDistance`.
     """
+    if features.shape[1] != len(mean):
+        raise ValueError(f"features of {features.shape[1]} numbers a picture and statistics of {len(mean)} are not of one "
+                         "network")
+    if not all(tensor.isfinite().all() for tensor in (features, mean, covariance)):
+        raise ValueError("some features or statistics are no finite numbers")
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     metric = FrechetInceptionDistance(Given(features.shape[1]))
@@ -111,7 +119,10 @@ def frechet_distance(features: Tensor, mean: Tensor, covariance: Tensor) -> floa
     metric.real_features_num_samples += 2  # as if two pictures had that mean and covariance
     metric.real_features_sum += 2 * mean
     metric.real_features_cov_sum += covariance + 2 * mean.outer(mean)
-    return max(0.0, metric.compute().item())  # of equal sets rounding may leave -1e-12
+    distance = metric.compute().item()
+    if not math.isfinite(distance):
+        raise ValueError(f"the Frechet distance is {distance}: the features are too large for it")
+    return max(0.0, distance)  # of equal sets rounding may leave -1e-12
 
 
 def kernel_distance(features: Tensor, reference: Tensor, seed: int = 0) -> float:
@@ -158,7 +169,13 @@ def distances(first: Tensor, second: Tensor, rows: int = 512):
 
 
 def neighbour_radii(features: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
-    """The distance of each of the features (n, dim) to its k-th nearest other one: (n,) float64."""
+    """The distance of each of the features (n, dim) to its k-th nearest other one: (n,) float64.
+
+    Raises ValueError if there are not so many.
+    """
+    if len(features) <= neighbours:
+        raise ValueError(f"{len(features)} pictures are too few for precision and recall, which look at {neighbours} "
+                         "neighbours of each")
     return torch.cat([part.kthvalue(neighbours + 1).values for part in distances(features, features)])
 
 
@@ -173,7 +190,7 @@ def inside(features: Tensor, others: Tensor, radii: Tensor) -> Tensor:
 
 def nearest(features: Tensor, others: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
     """Distances and numbers of the `count` nearest others of each of the features: (n, count) each, nearest first."""
-    parts = [part.topk(count, largest=False) for part in distances(features, others)]
+    parts = [part.topk(min(count, len(others)), largest=False) for part in distances(features, others)]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 

@@ -6,7 +6,9 @@ Pictures are read when they are asked for, so that a set may be larger than memo
 import gzip
 import hashlib
 import json
+import os
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +67,8 @@ def open_samples(folder: Path) -> PictureSet:
     if not (folder / MANIFEST).is_file() or any(folder.glob("manifest-*.jsonl")):
         raise ValueError(f"{folder} is not finished; start the same sample.py command again, it goes on where it was")
     records = [json.loads(line) for line in (folder / MANIFEST).read_text().splitlines()]
+    if not records:
+        raise ValueError(f"{folder} has no pictures in its {MANIFEST}")
     files = [folder / picture_path(record["index"]) for record in records]
     names = json.loads((folder / SETTINGS).read_text()).get("class_names") or {}
     return PictureSet(str(folder), len(files), lambda index: load_picture(files[index]), mark_of(files),
@@ -74,24 +78,26 @@ def open_samples(folder: Path) -> PictureSet:
 
 def open_folder_of_pictures(folder: Path) -> PictureSet:
     """A folder per class, named as it is, or pictures at any depth."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files = sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names
+                   if name.lower().endswith(SUFFIXES))
     if not files:
         raise ValueError(f"{folder} has no pictures ({', '.join(SUFFIXES)})")
     classes = sorted({path.parent for path in files})
     per_class = all(path.parent == folder for path in classes)
-    labels = torch.tensor([classes.index(path.parent) for path in files]) if per_class else None
+    number_of = {path: number for number, path in enumerate(classes)}
+    labels = torch.tensor([number_of[path.parent] for path in files]) if per_class else None
     names = {label: path.name for label, path in enumerate(classes)} if per_class else None
     return PictureSet(str(folder), len(files), lambda index: load_picture(files[index]), mark_of(files), labels, names)
 
 
 def open_npz(path: Path) -> PictureSet:
     """The ADM evaluator's `arr_0`; where the archive is not compressed, as its own are not, mapped and not loaded."""
+    names = npz_names(path)
     try:
         with zipfile.ZipFile(path) as archive:
             stored = archive.getinfo("arr_0.npy")
-            has_labels = "arr_1.npy" in archive.namelist()
         array = map_stored(path, stored) if stored.compress_type == zipfile.ZIP_STORED else np.load(path)["arr_0"]
-        labels = torch.from_numpy(np.load(path)["arr_1"].astype(np.int64)) if has_labels else None
+        labels = torch.from_numpy(np.load(path)["arr_1"].astype(np.int64)) if "arr_1" in names else None
     except (KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
         cause = str(error).strip() or type(error).__name__
         raise ValueError(f"{path} is no npz with pictures in arr_0 ({cause})") from error
@@ -102,6 +108,15 @@ def open_npz(path: Path) -> PictureSet:
     return PictureSet(str(path), len(array), lambda index: Image.fromarray(array[index]), mark_of([path]), labels)
 
 
+def npz_names(path: Path) -> list[str]:
+    """The names of the arrays in an npz. Raises ValueError, in one line, for what is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is no npz: {error}") from error
+
+
 def map_stored(path: Path, member: zipfile.ZipInfo) -> np.ndarray:
     """An array of an uncompressed npz, mapped from the file."""
     with path.open("rb") as file:
@@ -110,8 +125,8 @@ def map_stored(path: Path, member: zipfile.ZipInfo) -> np.ndarray:
         file.seek(int(lengths.sum()), 1)
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(file)
-        return np.memmap(path, dtype, "r", file.tell(), shape)
+        shape, fortran_order, dtype = read_header(file)
+        return np.memmap(path, dtype, "r", file.tell(), shape, order="F" if fortran_order else "C")
 
 
 def is_fashion_mnist(path: Path) -> bool:
@@ -133,10 +148,13 @@ def read_fashion_mnist(folder: Path, split: str) -> tuple[torch.Tensor, torch.Te
     Returns pictures (n, 1, 32, 32) uint8, padded from 28 to 32 with black, and class ids (n,) int64.
     """
     prefix = folder / {"train": "train", "test": "t10k"}[split]
-    with gzip.open(f"{prefix}-images-idx3-ubyte.gz") as file:
-        pictures = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
-    with gzip.open(f"{prefix}-labels-idx1-ubyte.gz") as file:
-        labels = np.frombuffer(file.read(), np.uint8, offset=8)
+    try:
+        with gzip.open(f"{prefix}-images-idx3-ubyte.gz") as file:
+            pictures = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
+        with gzip.open(f"{prefix}-labels-idx1-ubyte.gz") as file:
+            labels = np.frombuffer(file.read(), np.uint8, offset=8)
+    except (EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{prefix}-*.gz are damaged: {error}") from error
     return (torch.from_numpy(np.pad(pictures, ((0, 0), (0, 0), (2, 2), (2, 2)))),
             torch.from_numpy(labels.astype(np.int64)))
 
@@ -145,6 +163,8 @@ def load_picture(path: Path) -> Image.Image:
     """A picture file as RGB. Raises OSError, in one line, if it is missing or damaged."""
     try:
         with Image.open(path) as picture:
+            if picture.mode.startswith("I"):  # grey of 16 bits, which Pillow would cut off at 255
+                picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
             return ImageOps.exif_transpose(picture).convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's ways to say that a file is damaged
         raise OSError(f"cannot read the picture {path}: {str(error).splitlines()[0]}") from error

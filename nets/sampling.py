@@ -22,9 +22,14 @@ MANIFEST, SETTINGS = "manifest.jsonl", "settings.json"
 
 
 def picture_generator(seed: int, *index: int) -> torch.Generator:
-    """The generator of all noise of picture `index`, on the CPU. Source: NumPy's `SeedSequence`, made for such streams."""
-    state = np.random.SeedSequence([seed, *index]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))
+    """The generator of all noise of picture `index`, on the CPU; more numbers name other streams of the same seed.
+
+    PyTorch's takes 32 bits of a seed, so it is a hash of `seed` plus the index: no two of four thousand million pictures
+    share one.
+    """
+    first, *stream = index
+    start = np.random.SeedSequence([seed, *stream]).generate_state(1)[0]
+    return torch.Generator().manual_seed((int(start) + first) % 2**32)
 
 
 def picture_label(labels: str | list[int], classes: int, seed: int, index: int) -> int:
@@ -49,16 +54,18 @@ def open_folder(folder: Path, settings: dict) -> dict[int, dict]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
     if path.is_file():
-        found = json.loads(path.read_text())
+        try:
+            found = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); restore it, or choose another folder") from error
         other = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
-        if other:
+        if other and gather_manifest(folder):
             there, now = ({key: shorten(repr(given.get(key)), 40) for key in other} for given in (found, settings))
             changes = ", ".join(f"{key} {there[key]} there and {now[key]} now" for key in other)
             raise ValueError(f"{folder} has pictures of other settings: {changes}; choose another folder")
-    elif any(folder.iterdir()):
+    elif any(found.suffix != ".part" for found in folder.iterdir()):
         raise ValueError(f"{folder} has files in it, and none of them is {SETTINGS}; choose an empty folder")
-    else:
-        write_whole(path, json.dumps(settings, indent=2).encode() + b"\n")
+    write_whole(path, json.dumps(settings, indent=2).encode() + b"\n")
     return gather_manifest(folder)
 
 
@@ -67,12 +74,12 @@ def gather_manifest(folder: Path) -> dict[int, dict]:
     records = {}
     parts = sorted(folder.glob("manifest*.jsonl"))
     for part in parts:
-        for line in part.read_text().splitlines():
+        for line in part.read_text(errors="replace").splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:  # the last line of a process that was killed
+                records[int(record["index"])] = record
+            except (ValueError, TypeError, KeyError):  # the last line of a process that was killed, or a damaged one
                 continue
-            records[record["index"]] = record
     records = {index: records[index] for index in sorted(records) if is_whole(folder, records[index])}
     write_whole(folder / MANIFEST, "".join(json.dumps(record) + "\n" for record in records.values()).encode())
     for part in parts:
@@ -91,7 +98,7 @@ def count_written(folder: Path) -> int:
 def is_whole(folder: Path, record: dict) -> bool:
     """Whether the picture of a manifest's record is there, byte for byte."""
     try:
-        return hashlib.sha256((folder / picture_path(record["index"])).read_bytes()).hexdigest() == record["sha256"]
+        return hashlib.sha256((folder / picture_path(record["index"])).read_bytes()).hexdigest() == record.get("sha256")
     except OSError:
         return False
 
@@ -145,7 +152,7 @@ class PictureWriter:
                 self.manifest.write(json.dumps(record) + "\n")
                 self.manifest.flush()
                 self.written += 1
-            except OSError as error:
+            except Exception as error:  # whatever it is, it is raised in the thread that hands over pictures
                 self.error = error
                 return
 

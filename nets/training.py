@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from nets.loading import write_tensors
 from nets.sampling import picture_generator, write_whole
 
 STATE, LOG = "state.json", "log.jsonl"
@@ -184,8 +185,8 @@ def save_checkpoint(folder: Path, state: dict, model, average, optimizer, keep: 
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     for name, network in (("model", model), ("average", average)):
-        save_file({key: tensor.detach().contiguous() for key, tensor in network.named_parameters()},
-                  unfinished / f"{name}.safetensors")
+        write_tensors(unfinished / f"{name}.safetensors",
+                      {key: tensor.detach().contiguous() for key, tensor in network.named_parameters()})
     torch.save(optimizer.state_dict(), unfinished / "optimizer.pt")
     write_whole(unfinished / STATE, json.dumps(state, indent=2).encode() + b"\n")
     shutil.rmtree(path, ignore_errors=True)

@@ -1,6 +1,8 @@
 """evaluate.py: two sets of pictures in, a table, JSON, a report and sheets out."""
 
+import gzip
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -9,9 +11,9 @@ from conftest import ROOT
 from PIL import Image
 
 import evaluate
-from nets.features import FeatureExtractor
-from nets.metrics import frechet_distance
-from nets.picture_sets import FASHION_MNIST
+from nets.features import FeatureExtractor, make_features
+from nets.metrics import compare, frechet_distance, nearest
+from nets.picture_sets import FASHION_MNIST, read_fashion_mnist
 from nets.sampling import PictureWriter, gather_manifest, open_folder
 
 
@@ -62,6 +64,11 @@ def test_the_figures_are_those_of_the_metrics(sets, evaluated):
     assert results["samples"] == {"name": str(sets / "samples"), "count": 60, "size": [32, 32]}
     assert results["reference"]["count"] == 80 and results["features"]["name"] == "fashion-mnist-classifier"
     assert set(results["figures"]) == set(evaluate.FIGURES)
+    sets_of = [make_features("", features, answers, torch.arange(len(features)) % 10, FASHION_MNIST)
+               for features, answers in ((samples, logits), (real, None))]
+    for name, figure in compare(*sets_of, FASHION_MNIST)[0].items():
+        tolerance = 0.5 if name == "kernel_distance" else 0.05  # its random subsets meet the files in another order
+        assert results["figures"][name]["value"] == pytest.approx(figure["value"], rel=tolerance), name
     assert len(results["figures"]["spread"]["parts"]) == 5 and len(results["classes"]) == 10
     accuracies = [row["accuracy"] for row in results["classes"]]
     assert accuracies == sorted(accuracies)
@@ -139,6 +146,41 @@ def test_wrong_values_get_one_line_and_nothing_is_written(arguments, named, sets
         picture.save(sets / f"few/{index}.png")
     assert run(*arguments, "--output", tmp_path / "out") == 2
     assert named in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+def test_fashion_mnist_as_reference_has_its_training_set_for_neighbours(fashion_mnist, sets, tmp_path):
+    """The command of the README, on drawn pictures; the training set's are other ones than the test set's here."""
+    for path in fashion_mnist.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    turned = read_fashion_mnist(fashion_mnist, "train")[0][:, 0, 2:30, 2:30].flip(2).numpy()
+    with gzip.open(tmp_path / "train-images-idx3-ubyte.gz", "wb") as file:
+        file.write(struct.pack(">IIII", 2051, 30, 28, 28) + np.ascontiguousarray(turned).tobytes())
+    assert run("--samples", sets / "samples", "--reference", tmp_path, "--output", tmp_path / "out") == 0
+    medians = json.loads((tmp_path / "out/metrics.json").read_text())["nearest"]
+    extractor = FeatureExtractor(ROOT / "model_data/fashion-mnist-classifier")
+    test, known = (extractor(read_fashion_mnist(tmp_path, split)[0].expand(-1, 3, -1, -1))[0]
+                   for split in ("test", "train"))
+    assert medians["reference"] == pytest.approx(nearest(test, known)[0].median().item(), rel=1e-4)
+    assert medians["reference"] > 0
+
+
+def test_sixty_pictures_without_classes_and_classes_that_the_parts_lack(sets, tmp_path):
+    flat, few = tmp_path / "flat-1.5", tmp_path / "few"
+    for index, (_, picture) in enumerate(blurred(60, 5)):
+        for path in (flat / f"{index}.png", few / f"{'bag' if index else 'coat'}" / f"{index}.png"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+    classifier = ROOT / "model_data/fashion-mnist-classifier"
+    assert run("--samples", flat, "--reference", sets / "real", "--features", classifier) == 0
+    assert (tmp_path / "flat-1.5-evaluation/report.md").is_file()
+    assert run("--samples", few, "--reference", sets / "real", "--features", classifier) == 0
+    assert np.asarray(Image.open(tmp_path / "few-evaluation/samples.png")).shape == (8 * 84, 2 * 68, 3)
+
+
+def test_a_report_inside_the_samples_is_refused(sets, capsys):
+    assert run("--samples", sets / "real", "--halves", "--output", sets / "real/report", "--features",
+               ROOT / "model_data/fashion-mnist-classifier") == 2
+    assert "is inside the samples" in capsys.readouterr().err and not (sets / "real/report").exists()
 
 
 def test_samples_and_a_reference_are_asked_for(capsys):

@@ -1,6 +1,7 @@
 """nets/features.py: features are the network's own, and what is kept of them is used only while it holds."""
 
 import importlib.util
+import resource
 
 import numpy as np
 import pytest
@@ -114,7 +115,11 @@ def test_a_network_that_cannot_be_had_or_is_not_whole_is_said_in_one_line(dinov2
     config.save_pretrained(tmp_path / "headless")
     (tmp_path / "headless/preprocessor_config.json").write_text((dinov2 / "preprocessor_config.json").read_text())
     (tmp_path / "bare").mkdir()
-    for name, error, named in (("facebook/dinov2-none", OSError, "facebook/dinov2-none"),
+    clip = transformers.CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    transformers.CLIPVisionModel(clip).save_pretrained(tmp_path / "clip")
+    (tmp_path / "clip/preprocessor_config.json").write_text((dinov2 / "preprocessor_config.json").read_text())
+    for name, error, named in ((tmp_path / "clip", ValueError, "features are those of image classifiers and of DINOv2"),
+                               ("facebook/dinov2-none", OSError, "facebook/dinov2-none"),
                                (tmp_path / "bare", OSError, "bare"),
                                (tmp_path / "headless", ValueError, "missing: .*classifier")):
         with pytest.raises(error, match=named) as caught:
@@ -202,11 +207,14 @@ def test_what_was_kept_of_other_pictures_or_another_network_is_not_used(change, 
     assert reference_features(folder, network, size)[2] == f"kept in {kept}" and network.seen == 12
 
 
-def test_where_nothing_can_be_kept_it_is_said(folder, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr("nets.features.save_file", full)
-    assert reference_features(folder, Counting(), SIZE)[2] == "computed, and not kept: No space left on device"
+def test_where_nothing_can_be_kept_it_is_said(folder):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as on a disk that is full
+        features, _, how = reference_features(folder, Counting(), SIZE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert how.startswith("computed, and not kept: cannot write") and "File too large" in how and len(features) == 6
     assert [path.name for path in folder.parent.iterdir()] == ["pictures"]
 
 
@@ -214,10 +222,17 @@ def test_a_file_of_kept_features_appears_whole_or_not_at_all(tmp_path, monkeypat
     def stops(*_):
         raise OSError("stopped")
     features = make_features("x", torch.rand(4, 3))
-    monkeypatch.setattr("nets.features.os.replace", stops)
+    monkeypatch.setattr("nets.loading.os.replace", stops)
     with pytest.raises(OSError, match="stopped"):
         save_features(tmp_path / "a.safetensors", features, {})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 cut off"])
+def test_a_damaged_npz_as_reference_is_said_in_one_line(content, tmp_path):
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.npz is no npz"):
+        reference_features(tmp_path / "a.npz", Counting(), SIZE)
 
 
 def test_what_is_no_file_of_features_is_said_in_one_line(tmp_path):
@@ -237,6 +252,7 @@ def test_published_statistics_are_taken_as_they_are_for_inceptions_features_alon
     for network in (Counting(), inception):
         features, pictures, how = reference_features(tmp_path / "adm.npz", network, SIZE)
         assert len(features) == 6 and pictures.count == 6
+        assert (features.covariance.tolist() == covariance.tolist()) == (network is inception)
         assert (features.mean.tolist() == [0, 1, 2]) == ("as published" in how) == (network is inception)
     features, pictures, how = reference_features(tmp_path / "statistics.npz", inception, SIZE)
     assert features.covariance.tolist() == covariance.tolist() and len(features) == 0 and pictures is None

@@ -82,7 +82,7 @@ def test_an_interrupted_run_is_gone_on_with_and_shares_are_any_processes(folder,
 def test_a_shard_appears_whole_or_not_at_all(folder, tmp_path, monkeypatch):
     def stops(*_):
         raise OSError("stopped")
-    monkeypatch.setattr("nets.latents.os.replace", stops)
+    monkeypatch.setattr("nets.loading.os.replace", stops)
     with pytest.raises(OSError, match="stopped"):
         encode_shard(tmp_path, 0, open_pictures(folder), tiny_vae(), SIZE, flip=False)
     assert not list(tmp_path.glob("*.safetensors*"))

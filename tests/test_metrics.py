@@ -47,6 +47,24 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
     assert frechet_distance(first, *moments(first)) == pytest.approx(0, abs=1e-9)
 
 
+def test_what_is_no_number_is_no_distance():
+    features, (mean, covariance) = normal(50), moments(normal(50, seed=1))
+    broken = features.clone()
+    broken[3, 2] = float("nan")
+    for arguments in ((broken, mean, covariance), (features, mean * float("nan"), covariance),
+                      (features * 1e200, mean, covariance)):
+        with pytest.raises(ValueError, match=r"no finite numbers|too large"):
+            frechet_distance(*arguments)
+    with pytest.raises(ValueError, match="features of 6 numbers a picture and statistics of 5"):
+        frechet_distance(features, mean[:5], covariance[:5, :5])
+
+
+def test_too_few_pictures_are_said():
+    with pytest.raises(ValueError, match="3 pictures are too few for precision and recall"):
+        neighbour_radii(normal(3))
+    assert nearest(normal(5), normal(2, seed=1), 4)[0].shape == (5, 2)
+
+
 def test_frechet_distance_of_correlated_features_is_scipys():
     first, second = normal(500) @ normal(6, seed=1), normal(400, seed=2) + 1
     (mean, covariance), (other_mean, other) = moments(first), moments(second)
@@ -157,6 +175,7 @@ def test_classes_are_matched_by_name_and_else_as_they_are():
     assert match_classes(labels, names, others).tolist() == [1, -1, 4, -1]
     assert match_classes(labels, {1: "crane"}, {0: "crane", 1: "crane"}).tolist() == [-1, 1, -1, -1]
     assert match_classes(labels, None, others).tolist() == match_classes(labels, names, None).tolist() == [0, 1, 2, 3]
+    assert match_classes(torch.tensor([1, 5, 99]), None, others).tolist() == [1, -1, -1]
 
 
 NAMES = {0: "bag", 1: "coat", 2: "dress"}
@@ -185,6 +204,21 @@ def test_the_comparison_has_all_figures_and_five_parts_of_each():
     assert classes[0]["name"] == "coat" and classes[0]["accuracy"] == pytest.approx(0.8)
     assert classes[0]["taken_for"] == "dress" and classes[1]["taken_for"] is None
     assert sum(row["count"] for row in classes) == 300
+
+
+def test_each_figure_compares_samples_with_the_reference():
+    """Samples that are few of the real ones, moved a little: precise, with little recall, and no two figures alike."""
+    generator = torch.Generator().manual_seed(3)
+    real = torch.randn(400, 4, generator=generator)
+    fake = real[real[:, 0] > 0.5] + 0.02
+    samples, reference = make_features("", fake, fake * 3), make_features("", real)
+    figures = {name: figure["value"] for name, figure in compare(samples, reference)[0].items()}
+    assert figures["precision"] > 0.9 and 0.1 < figures["recall"] < 0.6
+    assert figures["precision"] == inside(fake, real, neighbour_radii(real)).double().mean()
+    assert figures["recall"] == inside(real, fake, neighbour_radii(fake)).double().mean()
+    assert figures["inception_score"] == pytest.approx(inception_score(fake * 3), rel=0.02)
+    assert figures["kernel_distance"] == pytest.approx(kernel_distance(fake, real), rel=0.2)
+    assert figures["kernel_distance"] > 5 * abs(kernel_distance(real, real))
 
 
 def test_the_parts_of_balanced_classes_have_all_classes():

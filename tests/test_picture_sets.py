@@ -1,6 +1,7 @@
 """nets/picture_sets.py: whatever holds pictures, they come out the same."""
 
 import json
+import os
 import struct
 
 import numpy as np
@@ -88,10 +89,40 @@ def test_an_uncompressed_npz_is_mapped_and_not_loaded(tmp_path):
     assert isinstance(array, np.memmap) and np.array_equal(array, arrays())
 
 
+def test_an_npz_in_columns_is_read_in_the_right_order(tmp_path):
+    np.savez(tmp_path / "a.npz", np.asfortranarray(arrays()))
+    assert same(open_pictures(tmp_path / "a.npz"), arrays())
+
+
+def test_classes_behind_links_are_found(tmp_path):
+    write_pictures(tmp_path / "there", ["bag/1.png", "coat/2.png"])
+    (tmp_path / "here").mkdir()
+    for name in ("bag", "coat"):
+        (tmp_path / "here" / name).symlink_to(tmp_path / "there" / name)
+    assert open_pictures(tmp_path / "here").class_names == {0: "bag", 1: "coat"}
+
+
+def test_grey_of_sixteen_bits_is_scaled_and_not_cut_off(tmp_path):
+    grey = np.linspace(0, 65535, 96).astype(np.uint16).reshape(8, 12)
+    Image.fromarray(grey).save(tmp_path / "1.png")
+    assert np.array_equal(open_pictures(tmp_path).pixels([0], SIZE)[0, 0], grey // 256)
+
+
+def test_damaged_files_of_fashion_mnist_are_named(fashion_mnist, tmp_path):
+    for path in fashion_mnist.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes((fashion_mnist / "t10k-images-idx3-ubyte.gz").read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"t10k-\*\.gz are damaged"):
+        open_pictures(tmp_path)
+
+
 def test_the_mark_changes_with_the_pictures(tmp_path):
     folder = write_pictures(tmp_path / "a", ["1.png", "2.png"])
     mark = open_pictures(folder).mark
     assert open_pictures(folder).mark == mark
+    os.utime(folder / "1.png", ns=(1, 1))
+    assert open_pictures(folder).mark != mark
+    mark = open_pictures(folder).mark
     Image.new("RGB", (12, 8)).save(folder / "2.png")
     assert open_pictures(folder).mark != mark
     (folder / "2.png").unlink()

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +150,28 @@ def test_a_folder_of_other_pictures_is_refused_in_one_line(tmp_path, capsys):
     tiny_pipeline().save_pretrained(tmp_path / "model")
     assert run(*OPTIONS, "--num", 2, "--output", tmp_path / "out", "--model", tmp_path / "model") == 2
     assert "weights" in capsys.readouterr().err
+
+
+def test_another_config_with_the_same_weights_is_another_model(tmp_path, capsys):
+    shutil.copytree(ROOT / "model_data/fashion-mnist-32", tmp_path / "model")
+    options = [*OPTIONS, "--model", tmp_path / "model", "--output", tmp_path / "out"]
+    assert run(*options, "--num", 1) == 0
+    config = json.loads((tmp_path / "model/vae/config.json").read_text())
+    (tmp_path / "model/vae/config.json").write_text(json.dumps({**config, "scaling_factor": 0.5}))
+    assert run(*options, "--num", 2) == 2 and "config" in capsys.readouterr().err
+
+
+def test_an_option_that_the_model_refuses_does_not_spoil_the_folder(tmp_path, capsys):
+    assert run(*OPTIONS, "--num", 2, "--guidance-channels", 9, "--output", tmp_path / "out") == 2
+    assert "guidance_channels" in capsys.readouterr().err.splitlines()[-1]
+    assert run(*OPTIONS, "--num", 2, "--guidance-channels", 3, "--output", tmp_path / "out") == 0
+
+
+def test_names_with_commas_in_them_and_long_lists():
+    id2label = {0: "T-shirt, top", 1: "trouser", 8: "bag"}
+    assert sample.read_labels("T-shirt, top,bag", id2label, 10) == [0, 8]
+    assert sample.read_labels("bag,T-shirt, top, trouser", id2label, 10) == [8, 0, 1]
+    assert sample.read_labels(",".join(["trouser"] * 100), id2label, 10) == [1] * 100
 
 
 def test_labels_by_name_by_file_and_in_turn(tmp_path):

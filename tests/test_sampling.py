@@ -31,6 +31,11 @@ def test_a_generator_belongs_to_its_seed_and_index_alone():
     assert correlations.abs().max() < 0.2  # over 5,000 pairs; 0.032 is one standard deviation
 
 
+def test_no_two_pictures_of_a_run_share_their_noise():
+    seeds = [picture_generator(5, index).initial_seed() for index in range(50_000)]
+    assert len(set(seeds)) == 50_000 and max(seeds) < 2**32  # of more bits PyTorch would use 32
+
+
 def test_drawn_labels_are_uniform_and_belong_to_their_index_alone():
     labels = np.array([picture_label("uniform", 10, 0, index) for index in range(5000)])
     assert (np.bincount(labels, minlength=10) > 400).all() and labels.max() == 9
@@ -85,11 +90,39 @@ def test_removed_damaged_and_half_told_pictures_do_not_count(tmp_path):
 
 def test_a_folder_of_other_settings_or_of_something_else_is_refused_and_left_alone(tmp_path):
     open_folder(tmp_path / "out", SETTINGS)
+    write(tmp_path / "out", [0])
     with pytest.raises(ValueError, match=r"pictures of other settings: steps 3 there and 4 now; choose another folder$"):
         open_folder(tmp_path / "out", {**SETTINGS, "steps": 4})
     assert json.loads((tmp_path / "out/settings.json").read_text()) == SETTINGS
     with pytest.raises(ValueError, match="choose an empty folder"):
         open_folder(tmp_path, SETTINGS)
+
+
+def test_a_folder_without_pictures_takes_other_settings(tmp_path):
+    open_folder(tmp_path, {**SETTINGS, "steps": 9})
+    assert open_folder(tmp_path, SETTINGS) == {} and json.loads((tmp_path / "settings.json").read_text()) == SETTINGS
+
+
+def test_damage_to_the_folders_own_files_is_survived_or_named(tmp_path):
+    (tmp_path / "settings.json.part").write_text("{")  # killed before it got its name
+    open_folder(tmp_path, SETTINGS)
+    write(tmp_path, range(3))
+    gather_manifest(tmp_path)
+    with (tmp_path / "manifest.jsonl").open("ab") as manifest:
+        manifest.write(b'\xff\xfe\n7\n[1]\n{"index": "x"}\n{"index": 9}\n')
+    assert list(open_folder(tmp_path, SETTINGS)) == [0, 1, 2]
+    (tmp_path / "settings.json").write_text("no JSON")
+    with pytest.raises(ValueError, match=r"settings\.json is damaged .*; restore it, or choose another folder"):
+        open_folder(tmp_path, SETTINGS)
+
+
+def test_whatever_stops_the_writer_is_raised_and_nothing_waits_for_ever(tmp_path, monkeypatch):
+    def stops(*_):
+        raise MemoryError("no room")
+    monkeypatch.setattr("nets.sampling.write_whole", stops)
+    with pytest.raises(MemoryError), PictureWriter(tmp_path, 0, ahead=2) as writer:
+        for index in range(50):
+            writer.put(picture(index), {"index": index})
 
 
 def test_a_disk_that_is_full_is_said_by_the_writer_and_costs_no_picture_before_it(tmp_path):
