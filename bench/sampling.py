@@ -2,8 +2,9 @@
 
     python -m bench.sampling --picture PHOTO
 
-Prints a picture's bytes and milliseconds as PNG at 256x256 (crops of PHOTO), those of its digest and of its place in the npz,
-and, with the shipped model, the pictures a second of two processes with one core each over those of one with two, in turn.
+Prints a picture's bytes and milliseconds as PNG at 256x256 (crops of PHOTO), those of its digest and of its place in the
+npz, and, with the shipped model, the pictures a second of two processes with one core each over those of one with two, in
+turn.
 Needs an otherwise idle machine of two cores.
 """
 
@@ -22,7 +23,8 @@ from PIL import Image
 from bench.small_model import ROOT
 from nets.sampling import PictureWriter, gather_manifest, open_folder, write_npz
 
-LAUNCHERS = {"one process": [], "two processes": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]}
+LAUNCHERS = {"one process": [],
+             "two processes": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]}
 
 
 def pictures_per_second(launcher, folder, num):
@@ -61,7 +63,8 @@ def main():
         gather_manifest(folder)
         middle = time.perf_counter()
         write_npz(folder, count, Path(place) / "samples.npz")
-        print(f"digest: {1000 * (middle - started) / count:.2f} ms; npz: {1000 * (time.perf_counter() - middle) / count:.1f} ms")
+        ended = time.perf_counter()
+        print(f"digest: {1000 * (middle - started) / count:.2f} ms; npz: {1000 * (ended - middle) / count:.1f} ms")
         ratios = []
         for pair in range(arguments.pairs):
             one, two = (pictures_per_second(launcher, Path(place) / f"{name} {pair}", arguments.num)
