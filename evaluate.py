@@ -54,7 +54,7 @@ def parse_arguments(argv):
                              f"the shipped classifier for Fashion-MNIST and {DINOV2} for all else")
     parser.add_argument("--training", type=Path, metavar="DIR|NPZ",
                         help="what the nearest neighbours are looked for in (default: Fashion-MNIST's training set, or the "
-                             "reference)")
+                             "reference, if that has pictures)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="for report.md, metrics.json and the sheets (default: "
                                                                    "beside the samples, with -evaluation in its name)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
@@ -84,8 +84,9 @@ def run(arguments):
         if path and path.suffix not in (".safetensors", ".npz"):
             open_pictures(path)
     pictures = open_pictures(arguments.samples)
-    if pictures.count < 10 * PARTS:
-        raise ValueError(f"{arguments.samples} has {pictures.count} pictures; it takes {10 * PARTS} at least")
+    least = 10 * PARTS * (2 if arguments.halves else 1)
+    if pictures.count < least:
+        raise ValueError(f"{arguments.samples} has {pictures.count} pictures; it takes {least} at least")
     size = pictures.picture(0).size
     fashion_mnist = is_fashion_mnist(arguments.reference or arguments.samples)
     extractor = load_extractor(arguments, fashion_mnist or pictures.class_names == FASHION_MNIST)
@@ -112,6 +113,8 @@ def run(arguments):
                "reference": {"name": reference.name, "count": len(reference) or None, "how": how},
                "features": {"name": extractor.name, "mark": extractor.mark}, "figures": figures, "classes": classes}
     write_whole(output / "metrics.json", json.dumps(results, indent=2).encode() + b"\n")
+    for sheet in ("samples.png", "nearest.png"):  # of an earlier evaluation
+        (output / sheet).unlink(missing_ok=True)
     report = ["# Evaluation", "", *(f"- {head}" for head in heads), "", *table(figures, len(samples), "| ")]
     distances = None
     if not arguments.halves:
@@ -124,7 +127,7 @@ def run(arguments):
                 raise ValueError(f"--training {training} has no pictures to show")
             distances, text = write_nearest_sheet(output / "nearest.png", samples, pictures, known, known_pictures, size,
                                                   reference if len(reference) and known.name != reference.name else None)
-            report += ["", "## Nearest pictures of the training data", "", text]
+            report += ["", f"## Nearest pictures of {known.name}", "", text]
         report += class_table(classes)
     write_whole(output / "report.md", "\n".join(report).encode() + b"\n")
     results |= {"nearest": distances, "seconds": round(time.perf_counter() - started, 1)}
@@ -139,8 +142,13 @@ def load_extractor(arguments, fashion_mnist):
     device, name = predict.find_device(arguments.device), arguments.features
     if name == "auto":
         name = CLASSIFIER if fashion_mnist else DINOV2
+    elif (predict.MODEL_DATA / name).is_dir():
+        name = predict.MODEL_DATA / name
     try:
         return InceptionFeatures(device) if name == INCEPTION else FeatureExtractor(name, device)
+    except OSError as error:
+        raise OSError(f"{predict.first_line(error)}; --features names another network, such as {CLASSIFIER.name} for "
+                      "Fashion-MNIST") from error
     except (RuntimeError, AssertionError) as error:  # torch's, of a device that is not there
         raise ValueError(f"cannot load {name} on {device}: {predict.first_line(error)}") from error
 

@@ -265,6 +265,14 @@ def load_pipeline(folder, arguments):
     return pipeline, device
 
 
+def require_processes(started):
+    """Raise a ValueError where a launcher started more processes than know of each other, as without GPUs for them."""
+    wanted = int(os.environ.get("WORLD_SIZE", 1))
+    if wanted != started:
+        raise ValueError(f"started as {wanted} processes, and each finds itself alone: there are no GPUs for them; add "
+                         "--device cpu")
+
+
 def find_device(name):
     """The device that --device names; "auto" is the fastest there is."""
     import torch

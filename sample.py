@@ -64,6 +64,7 @@ def run(arguments):
     arguments.model = arguments.model or predict.model_name()
     # Processes wait for each other at the start, while one looks through the folder, and at the end, for the slowest.
     state = PartialState(cpu=arguments.device == "cpu", timeout=datetime.timedelta(days=1))
+    predict.require_processes(state.num_processes)
     arguments.device = str(state.device) if arguments.device == "auto" else arguments.device
     folder, id2label = predict.find_model(arguments.model, arguments.revision)
     pipeline, _ = predict.load_pipeline(folder, arguments)
@@ -78,8 +79,9 @@ def run(arguments):
                         "weights": fingerprint(pipeline.transformer, pipeline.vae),
                         "config": config_fingerprint(pipeline.transformer, pipeline.vae, pipeline.scheduler),
                         "class_names": {str(label): names for label, names in id2label.items()}}
+            facts = {"num": arguments.num, "model": arguments.model}
             done = open_folder(arguments.output, {key: value if not isinstance(value, tuple) else list(value)
-                                                  for key, value in settings.items()})
+                                                  for key, value in settings.items()}, facts)
             message = [[index for index in range(arguments.num) if index not in done], None]
         except (OSError, ValueError) as error:
             message = [None, str(error)]

@@ -130,6 +130,7 @@ def run(arguments):
     training = arguments.output / "training"
     accelerator = Accelerator(cpu=arguments.device == "cpu", mixed_precision=arguments.mixed_precision,
                               log_with="tensorboard", project_dir=training)
+    predict.require_processes(accelerator.num_processes)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(arguments.seed)
     accelerator.init_trackers("tensorboard")

@@ -169,7 +169,8 @@ def reference_features(path: Path, extractor, size: tuple[int, int], split: str 
         return published, None, "published statistics"
     pictures = open_pictures(path, split)
     mark["pictures"] = pictures.mark
-    kept = path.resolve().with_name(f"{path.resolve().name}.{split}.{extractor.name}.safetensors")
+    name = f"{path.resolve().name}.{split}.{extractor.name}-{mark['size']}.safetensors"
+    kept = path.resolve().with_name(name)
     features, how = None, f"computed, kept in {kept}"
     if kept.is_file():
         try:
@@ -186,6 +187,8 @@ def reference_features(path: Path, extractor, size: tuple[int, int], split: str 
             save_features(kept, features, mark)
         except OSError as error:
             how = f"computed, and not kept: {error}"
+    if pictures.picture(0).size != size:
+        how += f"; scaled from {'x'.join(map(str, pictures.picture(0).size))}"
     if published is not None and extractor.name == INCEPTION:
         features.mean, features.covariance = published.mean, published.covariance
         how += "; mean and covariance as published"

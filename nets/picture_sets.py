@@ -67,10 +67,12 @@ def open_samples(folder: Path) -> PictureSet:
     if not (folder / MANIFEST).is_file() or any(folder.glob("manifest-*.jsonl")):
         raise ValueError(f"{folder} is not finished; start the same sample.py command again, it goes on where it was")
     records = [json.loads(line) for line in (folder / MANIFEST).read_text().splitlines()]
-    if not records:
-        raise ValueError(f"{folder} has no pictures in its {MANIFEST}")
+    settings = json.loads((folder / SETTINGS).read_text())
+    if not records or len(records) < settings.get("num", 0):
+        raise ValueError(f"{folder} has {len(records)} of its {settings.get('num', 'no')} pictures; start the same "
+                         "sample.py command again, it makes the others")
     files = [folder / picture_path(record["index"]) for record in records]
-    names = json.loads((folder / SETTINGS).read_text()).get("class_names") or {}
+    names = settings.get("class_names") or {}
     return PictureSet(str(folder), len(files), lambda index: load_picture(files[index]), mark_of(files),
                       torch.tensor([record["class"] for record in records]),
                       {int(label): name for label, name in names.items()} or None)

@@ -46,9 +46,10 @@ def picture_path(index: int) -> str:
     return f"{index // 1000:05d}/{index:08d}.png"
 
 
-def open_folder(folder: Path, settings: dict) -> dict[int, dict]:
+def open_folder(folder: Path, settings: dict, facts: dict | None = None) -> dict[int, dict]:
     """Make or take up a folder of pictures; returns the manifest's records of those that are there and whole, by index.
 
+    `settings` are what must not change, `facts`, kept beside them, what may: the number of pictures, the model's name.
     For one process, before others write. Raises ValueError, naming the settings, for a folder of other pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,14 +59,14 @@ def open_folder(folder: Path, settings: dict) -> dict[int, dict]:
             found = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); restore it, or choose another folder") from error
-        other = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
+        other = sorted(key for key in {*found, *settings} - {*(facts or {})} if found.get(key) != settings.get(key))
         if other and gather_manifest(folder):
             there, now = ({key: shorten(repr(given.get(key)), 40) for key in other} for given in (found, settings))
             changes = ", ".join(f"{key} {there[key]} there and {now[key]} now" for key in other)
             raise ValueError(f"{folder} has pictures of other settings: {changes}; choose another folder")
     elif any(found.suffix != ".part" for found in folder.iterdir()):
         raise ValueError(f"{folder} has files in it, and none of them is {SETTINGS}; choose an empty folder")
-    write_whole(path, json.dumps(settings, indent=2).encode() + b"\n")
+    write_whole(path, json.dumps({**settings, **(facts or {})}, indent=2).encode() + b"\n")
     return gather_manifest(folder)
 
 

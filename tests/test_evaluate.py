@@ -178,7 +178,7 @@ def test_sixty_pictures_without_classes_and_classes_that_the_parts_lack(sets, tm
 
 
 def test_a_report_inside_the_samples_is_refused(sets, capsys):
-    assert run("--samples", sets / "real", "--halves", "--output", sets / "real/report", "--features",
+    assert run("--samples", sets / "real", "--reference", sets / "samples", "--output", sets / "real/report", "--features",
                ROOT / "model_data/fashion-mnist-classifier") == 2
     assert "is inside the samples" in capsys.readouterr().err and not (sets / "real/report").exists()
 

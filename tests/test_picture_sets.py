@@ -68,6 +68,9 @@ def test_what_sample_wrote_comes_with_its_classes_but_only_when_it_is_finished(t
     pictures = open_pictures(tmp_path)
     assert same(pictures, arrays()) and pictures.labels.tolist() == [8, 3, 8, 3, 8, 3, 8]
     assert pictures.class_names == {3: "dress", 8: "bag"}
+    (tmp_path / "settings.json").write_text(json.dumps({"num": 9}))
+    with pytest.raises(ValueError, match="has 7 of its 9 pictures; start the same"):
+        open_pictures(tmp_path)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

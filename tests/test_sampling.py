@@ -98,6 +98,13 @@ def test_a_folder_of_other_settings_or_of_something_else_is_refused_and_left_alo
         open_folder(tmp_path, SETTINGS)
 
 
+def test_facts_may_change_and_are_kept(tmp_path):
+    open_folder(tmp_path, SETTINGS, {"num": 3})
+    write(tmp_path, [0])
+    assert list(open_folder(tmp_path, SETTINGS, {"num": 9})) == [0]
+    assert json.loads((tmp_path / "settings.json").read_text()) == {**SETTINGS, "num": 9}
+
+
 def test_a_folder_without_pictures_takes_other_settings(tmp_path):
     open_folder(tmp_path, {**SETTINGS, "steps": 9})
     assert open_folder(tmp_path, SETTINGS) == {} and json.loads((tmp_path / "settings.json").read_text()) == SETTINGS
