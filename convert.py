@@ -13,21 +13,23 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-MODEL_DATA = Path(__file__).resolve().parent / "model_data"
+if __package__:  # installed
+    from dit_verbs import command_line
+else:
+    import command_line
 
 
 def main(argv=None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 for input that is wrong, with nothing written."""
-    arguments = parse_arguments(argv)
+    """Run the command line; returns the exit status, as `command_line.exit_status` has it; nothing is left half-written."""
+    return command_line.exit_status(run, parse_arguments(argv))
+
+
+def run(arguments):
+    """Convert, in the direction that the source tells."""
     started = time.perf_counter()
-    try:
-        check_paths(arguments.source, arguments.target)
-        (to_file if arguments.source.is_dir() else to_folder)(arguments)
-    except (OSError, ValueError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        return 2
+    check_paths(arguments.source, arguments.target)
+    (to_file if arguments.source.is_dir() else to_folder)(arguments)
     print(f"wrote {arguments.target} in {time.perf_counter() - started:.0f} s")
-    return 0
 
 
 def check_paths(source, target):
@@ -137,7 +139,7 @@ def read_labels(path, classes):
     """id2label from a JSON file; without a file ImageNet's for 1000 classes, else none."""
     if path is None and classes != 1000:
         return None
-    path = path or MODEL_DATA / "imagenet_id2label.json"
+    path = path or command_line.MODEL_DATA / "imagenet_id2label.json"
     try:
         id2label = {int(key): names for key, names in json.loads(path.read_text()).items()}
     except (ValueError, AttributeError) as error:

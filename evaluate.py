@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 if __package__:  # installed
-    from dit_verbs import predict
+    from dit_verbs import command_line
 else:
-    import predict
+    import command_line
 
-CLASSIFIER, DINOV2 = predict.MODEL_DATA / "fashion-mnist-classifier", "facebook/dinov2-large"
+CLASSIFIER, DINOV2 = command_line.MODEL_DATA / "fashion-mnist-classifier", "facebook/dinov2-large"
 FIGURES = {"frechet_distance": ("Frechet distance", "{:.3f}"), "kernel_distance": ("kernel distance (KID)", "{:.5f}"),
            "inception_score": ("Inception Score", "{:.3f}"), "precision": ("precision", "{:.3f}"),
            "recall": ("recall", "{:.3f}"), "class_accuracy": ("class accuracy", "{:.1%}"),
@@ -28,16 +28,8 @@ FIGURES = {"frechet_distance": ("Frechet distance", "{:.3f}"), "kernel_distance"
 
 
 def main(argv=None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 for what can be mended."""
-    try:
-        run(parse_arguments(argv))
-    except (OSError, ValueError, ImportError) as error:
-        print(f"{Path(sys.argv[0]).name}: {predict.first_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    """Run the command line; returns the exit status, as `command_line.exit_status` has it."""
+    return command_line.exit_status(run, parse_arguments(argv))
 
 
 def parse_arguments(argv):
@@ -139,18 +131,18 @@ def load_extractor(arguments, fashion_mnist):
     """The network that --features names, on its device."""
     from nets.features import INCEPTION, FeatureExtractor, InceptionFeatures
 
-    device, name = predict.find_device(arguments.device), arguments.features
+    device, name = command_line.find_device(arguments.device), arguments.features
     if name == "auto":
         name = CLASSIFIER if fashion_mnist else DINOV2
-    elif (predict.MODEL_DATA / name).is_dir():
-        name = predict.MODEL_DATA / name
+    elif (command_line.MODEL_DATA / name).is_dir():
+        name = command_line.MODEL_DATA / name
     try:
         return InceptionFeatures(device) if name == INCEPTION else FeatureExtractor(name, device)
     except OSError as error:
-        raise OSError(f"{predict.first_line(error)}; --features names another network, such as {CLASSIFIER.name} for "
+        raise OSError(f"{command_line.first_line(error)}; --features names another network, such as {CLASSIFIER.name} for "
                       "Fashion-MNIST") from error
     except (RuntimeError, AssertionError) as error:  # torch's, of a device that is not there
-        raise ValueError(f"cannot load {name} on {device}: {predict.first_line(error)}") from error
+        raise ValueError(f"cannot load {name} on {device}: {command_line.first_line(error)}") from error
 
 
 def table(figures, count, edge=""):

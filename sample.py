@@ -15,42 +15,34 @@ import time
 from pathlib import Path
 
 if __package__:  # installed
-    from dit_verbs import predict
+    from dit_verbs import command_line
 else:
-    import predict
+    import command_line
 
 # What settles every picture, beside the weights: two runs that differ in one of these make different pictures.
 SETTINGS = ("steps", "guidance_scale", "guidance_channels", "guidance_interval", "scheduler", "dtype", "seed")
 
 
 def main(argv=None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for what can be mended, such as a full disk, 130 if stopped."""
-    try:
-        run(parse_arguments(argv))
-    except (OSError, ValueError) as error:
-        print(f"{Path(sys.argv[0]).name}: {predict.first_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
-    return 0
+    """Run the command line; returns the exit status, as `command_line.exit_status` has it."""
+    return command_line.exit_status(run, parse_arguments(argv), "stopped; the same command goes on where it was")
 
 
 def parse_arguments(argv):
     """The command line as a namespace; argparse ends the program with status 2 where a value is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num", type=predict.whole_number(1, 10**8), required=True, help="how many pictures")
+    parser.add_argument("--num", type=command_line.whole_number(1, 10**8), required=True, help="how many pictures")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR",
                         help="a new or empty folder, or one to go on with")
-    parser.add_argument("--batch-size", type=predict.whole_number(1, 10_000), default=32,
+    parser.add_argument("--batch-size", type=command_line.whole_number(1, 10_000), default=32,
                         help="of one process (default 32)")
     parser.add_argument("--labels", default="uniform", metavar="HOW",
                         help="uniform: a class drawn for each picture (default); balanced: all classes in turn; "
                              "NAME,NAME,...: these in turn; or a text file with a name or an id a line")
     parser.add_argument("--npz", action="store_true", help="write samples.npz for the ADM evaluator too")
-    predict.add_picture_options(parser)
-    parser.add_argument("--seed", type=predict.whole_number(0, 2**63 - 1), default=0, help="0 or more (default 0)")
-    return predict.parse_picture_options(parser, argv)[0]
+    command_line.add_picture_options(parser)
+    parser.add_argument("--seed", type=command_line.whole_number(0, 2**63 - 1), default=0, help="0 or more (default 0)")
+    return command_line.parse_picture_options(parser, argv)[0]
 
 
 def run(arguments):
@@ -61,13 +53,13 @@ def run(arguments):
     from nets.loading import config_fingerprint, fingerprint
     from nets.sampling import PictureWriter, gather_manifest, open_folder, picture_generator, picture_label, write_npz
 
-    arguments.model = arguments.model or predict.model_name()
+    arguments.model = arguments.model or command_line.model_name()
     # Processes wait for each other at the start, while one looks through the folder, and at the end, for the slowest.
     state = PartialState(cpu=arguments.device == "cpu", timeout=datetime.timedelta(days=1))
-    predict.require_processes(state.num_processes)
+    command_line.require_processes(state.num_processes)
     arguments.device = str(state.device) if arguments.device == "auto" else arguments.device
-    folder, id2label = predict.find_model(arguments.model, arguments.revision)
-    pipeline, _ = predict.load_pipeline(folder, arguments)
+    folder, id2label = command_line.find_model(arguments.model, arguments.revision)
+    pipeline, _ = command_line.load_pipeline(folder, arguments)
     pipeline.set_progress_bar_config(disable=True)
     classes = pipeline.transformer.config.num_embeds_ada_norm
     labels = read_labels(arguments.labels, id2label, classes)
@@ -102,15 +94,16 @@ def run(arguments):
                     batch = mine[start:start + arguments.batch_size]
                     class_ids = [picture_label(labels, classes, arguments.seed, index) for index in batch]
                     generators = [picture_generator(arguments.seed, index) for index in batch]
-                    pictures = pipeline(class_ids, generator=generators, **predict.picture_arguments(arguments)).images
+                    pictures = pipeline(class_ids, generator=generators, **command_line.picture_arguments(arguments)).images
                     for index, class_id, picture in zip(batch, class_ids, pictures):
                         writer.put(picture, {"index": index, "class": class_id, "seed": arguments.seed})
             state.wait_for_everyone()
     except (ValueError, RuntimeError) as error:  # a scheduler that cannot do so few steps, too little memory
-        raise ValueError(f"cannot make these pictures with {arguments.scheduler}: {predict.first_line(error)}") from error
+        raise ValueError(f"cannot make these pictures with {arguments.scheduler}: "
+                         f"{command_line.first_line(error)}") from error
     except OSError as error:
-        raise OSError(f"cannot write into {arguments.output}: {predict.first_line(error)}; what is there is whole, and the "
-                      "same command goes on from it") from error
+        raise OSError(f"cannot write into {arguments.output}: {command_line.first_line(error)}; what is there is whole, "
+                      "and the same command goes on from it") from error
     if not state.is_main_process:
         return
     done = gather_manifest(arguments.output)

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, SMALL_MODEL, tiny_pipeline
 from PIL import Image
 
+import command_line
 import predict
 
 
@@ -218,7 +219,7 @@ def test_a_guidance_interval_is_kept_in_the_picture_too(capsys, tmp_path):
 
 
 def test_the_papers_preset_is_its_options_spelled_out(capsys, monkeypatch, tmp_path):
-    monkeypatch.setitem(predict.PRESETS, "paper", {**predict.PRESETS["paper"], "steps": 5})
+    monkeypatch.setitem(command_line.PRESETS, "paper", {**command_line.PRESETS["paper"], "steps": 5})
     status, out, _ = run(capsys, "bag", "--preset", "paper", "--output-dir", tmp_path / "preset")
     assert status == 0 and "ddpm-learned, 5 steps, guidance 1.5 on 3 channels" in out
     run(capsys, "bag", "--scheduler", "ddpm-learned", "--steps", 5, "--guidance-scale", 1.5, "--guidance-channels", 3,
@@ -235,7 +236,7 @@ def test_the_papers_preset_is_its_options_spelled_out(capsys, monkeypatch, tmp_p
 def test_the_papers_preset_is_that_of_the_library():
     from nets.scheduling import PAPER_SAMPLING
 
-    preset = predict.PRESETS["paper"]
+    preset = command_line.PRESETS["paper"]
     assert {"num_inference_steps": preset["steps"], **{key: preset[key] for key in ("guidance_scale", "guidance_channels")}
             } == PAPER_SAMPLING
 

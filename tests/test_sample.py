@@ -170,7 +170,7 @@ def test_an_option_that_the_model_refuses_does_not_spoil_the_folder(tmp_path, ca
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as launched for GPUs that are not there; accelerate then sees one process
     with pytest.raises(ValueError, match=r"started as 2 processes, and each finds itself alone: .* add --device cpu"):
-        sample.predict.require_processes(1)
+        sample.command_line.require_processes(1)
 
 
 def test_names_with_commas_in_them_and_long_lists():

@@ -1,0 +1,190 @@
+"""What the verbs share: options, models by name, devices, and errors in one line."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from nets.scheduling import PAPER_SAMPLING, SCHEDULERS, make_scheduler
+
+MODEL_DATA = Path(__file__).resolve().parent / "model_data"
+SMALL_MODEL, XL_MODEL = "fashion-mnist-32", "DiT-XL-2-256"
+PRESETS = {"paper": {"scheduler": "ddpm-learned", "steps": PAPER_SAMPLING["num_inference_steps"],
+                     "guidance_scale": PAPER_SAMPLING["guidance_scale"],
+                     "guidance_channels": PAPER_SAMPLING["guidance_channels"]}}
+DTYPES = ("float32", "float16", "bfloat16")
+# The options that shape a picture: what its text chunks carry, and what --like takes from there.
+RECIPE = ("model", "steps", "guidance_scale", "seed", "scheduler", "dtype")
+RECIPE_IF_GIVEN = ("revision", "variant", "guidance_channels", "guidance_interval")
+
+
+def exit_status(run, arguments, stopped="stopped") -> int:
+    """Run a verb; returns 0, 2 for what can be mended, said in one line, or 130 if it was stopped."""
+    try:
+        run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `--list-classes | head`; Python would complain again when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, ImportError) as error:
+        print(f"{Path(sys.argv[0]).name}: {first_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(error if error.args else stopped, file=sys.stderr)
+        return 130
+    return 0
+
+
+def add_picture_options(parser):
+    """The options of the verbs that make pictures: the model, and all that shapes a picture but class and seed."""
+    parser.add_argument("--model", help=f"pipeline folder or hub id (default: model_data/{XL_MODEL} if it is there, "
+                                        f"else {SMALL_MODEL}, which ships)")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id, such as refs/pr/1")
+    parser.add_argument("--variant", help="variant of the weights, such as fp16")
+    parser.add_argument("--steps", type=whole_number(1, 1000), default=25)
+    parser.add_argument("--guidance-scale", type=finite_number, default=4.0, help="over 1 is guided (default 4)")
+    parser.add_argument("--guidance-channels", type=whole_number(1, 64), metavar="N",
+                        help="guide the first N latent channels only; 3 is facebookresearch/DiT's way (default: all)")
+    parser.add_argument("--guidance-interval", type=interval, metavar="LOW,HIGH",
+                        help="guide at noise levels sigma between these only (default: all)")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, default="dpm", metavar="NAME",
+                        help=f"one of {', '.join(SCHEDULERS)} (default dpm)")
+    parser.add_argument("--preset", choices=PRESETS,
+                        help="paper: the baseline that papers report, DDPM with the learned variance, 250 steps, guidance "
+                             "1.5 on 3 channels; sets --scheduler, --steps, --guidance-scale and --guidance-channels")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+
+
+def parse_picture_options(parser, argv):
+    """The arguments, a preset's included, and which of those that shape a picture were given on the command line."""
+    options = (*RECIPE, *RECIPE_IF_GIVEN)
+    arguments = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(options)))  # None where it was not given
+    given = [option for option in options if getattr(arguments, option) is not None]
+    settings = PRESETS.get(arguments.preset, {})
+    if set(given) & set(settings):
+        parser.error(f"--preset {arguments.preset} sets {', '.join(set(given) & set(settings))}; leave it out")
+    for option in options:
+        if option not in given:
+            setattr(arguments, option, settings.get(option, parser.get_default(option)))
+    return arguments, given
+
+
+def picture_arguments(arguments):
+    """Those of the pipeline's arguments that are options of the command line."""
+    return {"guidance_scale": arguments.guidance_scale, "num_inference_steps": arguments.steps,
+            "guidance_channels": arguments.guidance_channels, "guidance_interval": arguments.guidance_interval}
+
+
+def whole_number(low, high):
+    """An argparse type: an int in low..high."""
+    def convert(text):
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value} is not in {low}..{high}")
+        return value
+    convert.__name__ = "whole number"
+    return convert
+
+
+def finite_number(text):
+    """An argparse type: a float that is a number."""
+    value = float(text)
+    if not abs(value) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def positive_number(text):
+    """An argparse type: a float over 0."""
+    value = finite_number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not over 0")
+    return value
+
+
+def fraction(text):
+    """An argparse type: a float in 0..1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0..1")
+    return value
+
+
+def interval(text):
+    """An argparse type: two floats, the lower first, as `0.3,5`."""
+    low, high = (finite_number(number) for number in text.strip("()").split(","))
+    if not 0 <= low < high:
+        raise argparse.ArgumentTypeError(f"{text} is not LOW,HIGH with 0 <= LOW < HIGH")
+    return low, high
+
+
+def model_name():
+    """The model when none is named: the published one if it is there, else the small one that ships."""
+    return XL_MODEL if (MODEL_DATA / XL_MODEL).is_dir() else SMALL_MODEL
+
+
+def find_model(model, revision=None):
+    """The folder (or hub id) of a model, and its id2label with ints as keys; nothing heavy is imported for a folder."""
+    candidates = [MODEL_DATA / model, Path(model)]
+    folder = next((path for path in candidates if (path / "model_index.json").is_file()), None)
+    if folder is None and (Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/"))):
+        raise ValueError(f"no model in {model}: there is no {model}/model_index.json")
+    try:
+        index = folder
+        if folder is None:
+            from nets.loading import find_folder
+
+            index = find_folder(model, ["model_index.json"], revision=revision)
+        config = json.loads((index / "model_index.json").read_text())
+        id2label = {int(key): names for key, names in (config.get("id2label") or {}).items()}
+        if not all(isinstance(names, str) for names in id2label.values()):
+            raise ValueError("id2label in its model_index.json has names that are no text")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"cannot read model {model}: {first_line(error)}") from error
+    return folder or model, id2label
+
+
+def load_pipeline(folder, arguments):
+    """The pipeline on its device, with the scheduler that was asked for."""
+    import diffusers
+    import torch
+
+    from nets import DiTPipeline
+
+    device = find_device(arguments.device)
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        pipeline = DiTPipeline.from_pretrained(folder, dtype=getattr(torch, arguments.dtype), revision=arguments.revision,
+                                               variant=arguments.variant)
+        pipeline.to(device)
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot load model {arguments.model} on {device}: {first_line(error)}") from error
+    try:
+        pipeline.scheduler = make_scheduler(arguments.scheduler, pipeline.scheduler)
+    except ImportError as error:  # a package that this scheduler alone needs
+        raise ValueError(f"--scheduler {arguments.scheduler} cannot run here: {' '.join(str(error).split())}") from error
+    return pipeline, device
+
+
+def require_processes(started):
+    """Raise a ValueError where a launcher started more processes than know of each other, as without GPUs for them."""
+    wanted = int(os.environ.get("WORLD_SIZE", 1))
+    if wanted != started:
+        raise ValueError(f"started as {wanted} processes, and each finds itself alone: there are no GPUs for them; add "
+                         "--device cpu")
+
+
+def find_device(name):
+    """The device that --device names; "auto" is the fastest there is."""
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def first_line(error):
+    """The first line of an error's text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
