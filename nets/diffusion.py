@@ -24,22 +24,23 @@ def cosine_betas(num_timesteps: int = 1000, offset: float = 0.008, largest: floa
 class GaussianDiffusion:
     """The forward process q and the losses, for a table of betas.
 
-    All tables are (num_timesteps,), computed in float64 and kept in float32; `timestep` is (batch,) int64.
+    All tables are (num_timesteps,), computed in float64 and kept in float32 on `device`, where pictures and `timestep`,
+    (batch,) int64, are to be.
     """
 
-    def __init__(self, betas: torch.Tensor):
+    def __init__(self, betas: torch.Tensor, device: torch.device | str = "cpu"):
         alphas_cumprod = (1 - betas).cumprod(0)  # alpha-bar
         previous = torch.cat([torch.ones(1, dtype=betas.dtype), alphas_cumprod[:-1]])
         posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)  # beta-tilde, DDPM equation 7
         posterior_variance[0] = posterior_variance[1]  # it is zero at t = 0, and its logarithm is wanted
         self.num_timesteps = len(betas)
-        self.signal = alphas_cumprod.sqrt().float()
-        self.noise = (1 - alphas_cumprod).sqrt().float()
-        self.signal_to_noise = (alphas_cumprod / (1 - alphas_cumprod)).float()
-        self.log_betas = betas.log().float()
-        self.log_posterior_variance = posterior_variance.log().float()
-        self.mean_of_start = (betas * previous.sqrt() / (1 - alphas_cumprod)).float()  # DDPM equation 7
-        self.mean_of_noisy = ((1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod)).float()
+        self.signal = alphas_cumprod.sqrt().to(device, torch.float32)
+        self.noise = (1 - alphas_cumprod).sqrt().to(device, torch.float32)
+        self.signal_to_noise = (alphas_cumprod / (1 - alphas_cumprod)).to(device, torch.float32)
+        self.log_betas = betas.log().to(device, torch.float32)
+        self.log_posterior_variance = posterior_variance.log().to(device, torch.float32)
+        self.mean_of_start = (betas * previous.sqrt() / (1 - alphas_cumprod)).to(device, torch.float32)  # DDPM equation 7
+        self.mean_of_noisy = ((1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod)).to(device, torch.float32)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """x_t from x_0, all (batch, channels, height, width). Source: DDPM equation 4."""
@@ -58,7 +59,7 @@ class GaussianDiffusion:
         predicted_noise, *learned = output.split(latents.shape[1], dim=1)
         simple = (predicted_noise - noise).square().flatten(1).mean(1)
         if min_snr is not None:
-            snr = self.signal_to_noise.to(timestep.device)[timestep]
+            snr = self.signal_to_noise[timestep]
             simple = simple * snr.clamp(max=min_snr) / snr
         if not learned:
             return simple
@@ -94,7 +95,7 @@ class GaussianDiffusion:
 
 def pick(table: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
     """The entries of a table for each picture: (num_timesteps,), (batch,) -> (batch, 1, 1, 1)."""
-    return table.to(timestep.device)[timestep].reshape(-1, 1, 1, 1)
+    return table[timestep].reshape(-1, 1, 1, 1)
 
 
 def discretized_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
@@ -107,6 +108,6 @@ def discretized_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_scale: t
 
     upper = cdf((x + 1 / 255 - mean) * (-log_scale).exp())
     lower = cdf((x - 1 / 255 - mean) * (-log_scale).exp())
-    upper = torch.where(x > 0.999, 1.0, upper)
-    lower = torch.where(x < -0.999, 0.0, lower)
+    upper = upper.masked_fill(x > 0.999, 1.0)
+    lower = lower.masked_fill(x < -0.999, 0.0)
     return (upper - lower).clamp(min=1e-12).log()

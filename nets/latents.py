@@ -25,7 +25,7 @@ DESCRIPTION, SHARD = "latents.json", 2048
 class Latents:
     """Moments and classes of pictures; the tensors stay in their files until they are asked for.
 
-    `shards` hold mean and log-variance (pictures, views, channels, height, width) float32, `labels` (count,) the class ids.
+    `shards` hold mean and logvar (pictures, views, channels, height, width) float32, `labels` (count,) the class ids.
     The second of two views is the mirrored picture. `skipped` are the files that could not be read.
     """
 
@@ -77,9 +77,12 @@ def open_latents_folder(folder: Path, pictures: PictureSet, vae: AutoencoderKL, 
     write_whole(path, json.dumps(wanted, indent=2).encode() + b"\n")
 
 
-def missing_shards(folder: Path, count: int) -> list[int]:
-    """The numbers of the shards that are not written yet, of `count` pictures."""
-    return [number for number in range(-(-count // SHARD)) if not shard_path(folder, number).is_file()]
+def missing_shards(folder: Path, count: int, rank: int = 0, processes: int = 1) -> list[int]:
+    """The numbers of the shards that are not written yet, of `count` pictures; one process's share of them.
+
+    A shard belongs to a process by its number, since others write while this one looks.
+    """
+    return [number for number in range(rank, -(-count // SHARD), processes) if not shard_path(folder, number).is_file()]
 
 
 @torch.inference_mode()
@@ -114,8 +117,11 @@ def encode_shard(folder: Path, number: int, pictures: PictureSet, vae: Autoencod
     write_tensors(shard_path(folder, number), tensors, {"skipped": json.dumps(skipped)})
 
 
-def load_latents(folder: Path) -> Latents:
-    """All latents of a finished folder. Raises ValueError, in one line, where shards are missing or no picture was read."""
+def load_latents(folder: Path, strict: bool = False) -> Latents:
+    """All latents of a finished folder.
+
+    Raises ValueError, in one line, where shards are missing or no picture was read, or with `strict` where one was not.
+    """
     description = json.loads((folder / DESCRIPTION).read_text())
     missing = missing_shards(folder, description["count"])
     if missing:
@@ -125,6 +131,8 @@ def load_latents(folder: Path) -> Latents:
     for path in paths:
         with safe_open(path, "pt") as file:
             skipped += json.loads(file.metadata()["skipped"])
+    if strict and skipped:
+        raise ValueError(skipped[0])
     shards = [shard for shard in map(load_file, paths) if "mean" in shard]
     if not shards:
         raise ValueError(f"none of the pictures could be read; the first: {skipped[0]}")

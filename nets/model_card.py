@@ -1,6 +1,5 @@
 """What a training leaves behind: the pipeline's folder, a card with the curve of the loss, sheets of samples on the way."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -11,15 +10,17 @@ from diffusers import DPMSolverMultistepScheduler
 
 from nets.pictures import contact_sheet, save_picture
 from nets.pipeline import DiTPipeline
+from nets.run_folder import read_log
 from nets.sampling import write_whole
 
 
-def save_pipeline(pipeline: DiTPipeline, output: Path, scratch: Path):
-    """Write a pipeline's files into `output`, each of its folders whole or not at all, by way of the folder `scratch`."""
-    fresh = scratch / "pipeline.part"
+def put_in_place(model, output: Path, scratch: Path, last: str):
+    """Save a network or a pipeline into `scratch` and move its files into `output`; with `last`, it is all there."""
+    fresh = scratch / "saved.part"
     shutil.rmtree(fresh, ignore_errors=True)
-    pipeline.save_pretrained(fresh)
-    for path in fresh.iterdir():
+    model.save_pretrained(fresh)
+    (output / last).unlink(missing_ok=True)
+    for path in sorted(fresh.iterdir(), key=lambda path: path.name == last):
         shutil.rmtree(output / path.name, ignore_errors=True)
         os.replace(path, output / path.name)
     fresh.rmdir()
@@ -39,9 +40,14 @@ def write_sheet(pipeline: DiTPipeline, path: Path) -> np.ndarray:
     return np.asarray(sheet)
 
 
-def write_card(folder: Path, log: Path, facts: dict[str, str]):
-    """Write `README.md` and `curve.png` into a model's folder, from the log of its training and a line of facts each."""
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+def write_card(folder: Path, facts: dict[str, str]):
+    """Write `README.md` and `curve.png` into a model's folder, from the log in its `training/` and a line of facts each.
+
+    Raises ValueError, in one line, where there is no log any more.
+    """
+    records = read_log(folder / "training")
+    if not records:
+        raise ValueError(f"{folder} is trained and written, but has no log any more that its card could show")
     steps = [0, *(record["step"] for record in records)]
     seconds = sum((now - before) * record["seconds_per_step"] for before, now, record in zip(steps, steps[1:], records))
     draw_curve(records, folder / "curve.png")

@@ -1,16 +1,13 @@
-"""What the two networks are trained to do: a batch of each step, and the loss of each picture in it.
-
-Both are pairs of functions for `nets.training.fit`. The batch of a step is a function of (seed, step) alone.
-"""
+"""What a DiT is trained to do: a batch of each step, and the loss of each picture in it, for `nets.training.fit`."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from diffusers import AutoencoderKL
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nets.diffusion import GaussianDiffusion
 from nets.latents import Latents
-from nets.picture_sets import PictureSet
 from nets.sampling import picture_generator
 from nets.training import indices_of_step
 
@@ -21,7 +18,8 @@ def denoise(latents: Latents, diffusion: GaussianDiffusion, scaling_factor: floa
             label_dropout: float = 0.1, min_snr: float | None = None) -> tuple[Callable[[int], Batch], Callable]:
     """The DiT's objective: noise a posterior sample, ask for the noise back. Source: DiT sections 3.1 and 4.
 
-    Labels are dropped here, so that every process draws the same ones; the network's own dropout must be off.
+    The batch of a step is a function of (seed, step) alone. Labels are dropped here, so that every process draws the same
+    ones; the network's own dropout must be off. `diffusion` is on the network's device.
     """
     null_class = len(latents.class_names)
 
@@ -45,31 +43,11 @@ def denoise(latents: Latents, diffusion: GaussianDiffusion, scaling_factor: floa
     return make_batch, loss_of_batch
 
 
-class Autoencode(torch.nn.Module):
-    """A VAE's way there and back as one module, so that processes can share its gradients."""
+def attention_kernel(latents: Latents, device: torch.device) -> AbstractContextManager:
+    """The context to train in: on a CPU, where tokens are few, attention by the plain formula.
 
-    def __init__(self, vae: AutoencoderKL):
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (batch, 3, height, width), noise like their latents -> reconstructions, and each one's KL (batch,)."""
-        posterior = self.vae.encode(images).latent_dist
-        return self.vae.decode(posterior.mean + posterior.std * noise).sample, posterior.kl()
-
-
-def reconstruct(pictures: PictureSet, side: int, latent_shape: tuple[int, ...], batch_size: int, seed: int = 0,
-                kl_weight: float = 1e-6) -> tuple[Callable[[int], Batch], Callable]:
-    """The VAE's objective, for `Autoencode`: squared error and a light KL term. Source: Rombach et al. 2022, 3.1."""
-
-    def make_batch(step):
-        indices = indices_of_step(pictures.count, batch_size, seed, step)
-        noise = torch.randn(batch_size, *latent_shape, generator=picture_generator(seed, step, 1))
-        return {"images": pictures.pixels(indices, (side, side)).float().div(127.5).sub(1), "noise": noise}
-
-    def loss_of_batch(model, batch):
-        images, divergence = model(batch["images"], batch["noise"])
-        losses = (images - batch["images"]).square().flatten(1).mean(1) + kl_weight * divergence
-        return losses, torch.zeros(len(losses), dtype=torch.int64, device=losses.device)  # it has no timesteps
-
-    return make_batch, loss_of_batch
+    PyTorch's fused kernel takes two to three times as long there, there and back (`bench/train_compare.py`). Around the
+    whole loop, since gradient checkpointing computes a block again on the way back.
+    """
+    few_tokens = latents.shape[1] * latents.shape[2] <= 64
+    return sdpa_kernel(SDPBackend.MATH) if few_tokens and device.type == "cpu" else nullcontext()

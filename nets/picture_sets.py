@@ -3,6 +3,7 @@
 Pictures are read when they are asked for, so that a set may be larger than memory.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -10,7 +11,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image, ImageOps
 
 from nets.sampling import MANIFEST, SETTINGS, picture_path
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FASHION_MNIST = dict(enumerate(("T-shirt, top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
                                 "ankle boot")))
 
@@ -42,6 +43,28 @@ class PictureSet:
         """The pictures of these numbers, (len(indices), 3, height, width) uint8; `size` is (width, height), see `fit`."""
         arrays = np.stack([np.asarray(fit(self.picture(int(index)), size)) for index in indices])
         return torch.from_numpy(arrays).permute(0, 3, 1, 2)
+
+    def smallest_side(self) -> int:
+        """Of the first picture that can be read. Raises ValueError, in one line, if none can."""
+        for index in range(self.count):
+            with contextlib.suppress(OSError):
+                return min(self.picture(index).size)
+        raise ValueError(f"none of the {self.count} pictures in {self.name} can be read")
+
+    def readable(self, strict: bool = False, done: Callable[[int], None] = lambda count: None):
+        """The set without the pictures that cannot be read, and their errors; with `strict` the first error is raised."""
+        kept, errors = [], []
+        for index in range(self.count):
+            try:
+                self.picture(index)
+                kept.append(index)
+            except OSError as error:
+                if strict:
+                    raise
+                errors.append(str(error))
+            done(1)
+        labels = None if self.labels is None else self.labels[kept]
+        return replace(self, count=len(kept), picture=lambda index: self.picture(kept[index]), labels=labels), errors
 
 
 def open_pictures(path: Path, split: str = "test") -> PictureSet:
@@ -81,7 +104,7 @@ def open_samples(folder: Path) -> PictureSet:
 def open_folder_of_pictures(folder: Path) -> PictureSet:
     """A folder per class, named as it is, or pictures at any depth."""
     files = sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names
-                   if name.lower().endswith(SUFFIXES))
+                   if name.lower().endswith(SUFFIXES) and not is_hidden(Path(place, name).relative_to(folder)))
     if not files:
         raise ValueError(f"{folder} has no pictures ({', '.join(SUFFIXES)})")
     classes = sorted({path.parent for path in files})
@@ -90,6 +113,11 @@ def open_folder_of_pictures(folder: Path) -> PictureSet:
     labels = torch.tensor([number_of[path.parent] for path in files]) if per_class else None
     names = {label: path.name for label, path in enumerate(classes)} if per_class else None
     return PictureSet(str(folder), len(files), lambda index: load_picture(files[index]), mark_of(files), labels, names)
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file or a folder above it begins with a dot, as .ipynb_checkpoints."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def open_npz(path: Path) -> PictureSet:
@@ -168,7 +196,7 @@ def load_picture(path: Path) -> Image.Image:
             if picture.mode.startswith("I"):  # grey of 16 bits, which Pillow would cut off at 255
                 picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
             return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's ways to say that a file is damaged
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's ways to say it
         raise OSError(f"cannot read the picture {path}: {str(error).splitlines()[0]}") from error
 
 

@@ -6,10 +6,7 @@ labels. So a run that is gone on with is the run that was not interrupted, and t
 
 import contextlib
 import copy
-import json
 import math
-import os
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -19,13 +16,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 
-from nets.loading import write_tensors
-from nets.sampling import picture_generator, write_whole
+from nets.run_folder import cut_log, last_checkpoint, load_checkpoint, require_resumable, save_checkpoint, write_log
+from nets.sampling import picture_generator
 
-STATE, LOG = "state.json", "log.jsonl"
 EXPLODED = 10  # times the first loss that was read
+ASK_EVERY = 10  # steps after which several processes ask each other whether one was told to stop
 
 
 @lru_cache(maxsize=2)
@@ -71,92 +67,139 @@ def fit(model: torch.nn.Module, make_batch: Callable[[int], dict[str, torch.Tens
 
     `make_batch(step)` gives the tensors of a whole batch, of which each process takes its share; `loss_of_batch(model,
     batch)` the loss of each picture (batch,) and its timestep's quarter (batch,) in 0..3. Into `folder` go checkpoints and
-    `log.jsonl`; `settings` are what a run must not change when it is gone on with. `report` hears each line of the log,
-    `sample` gets the average every `sample_every` steps, in the first process. Nothing waits for the device between logs.
-    Raises ValueError for a folder of another run, for weights that no longer fit, and where the loss is no number any more
-    or explodes, with the last good checkpoint; KeyboardInterrupt, after a checkpoint, on SIGINT or SIGTERM.
+    `log.jsonl`; `settings` are what a run must not change when it is gone on with, see `nets.run_folder.ADJUSTABLE`.
+    `report` hears each line of the log, `sample` gets the average every `sample_every` steps, in the first process. Nothing
+    waits for the device between logs, but for several processes' question whether one was told to stop.
+    Raises ValueError for a folder of another run, for weights that no longer fit, and where loss or gradient is no number
+    any more or the loss explodes, with the last good checkpoint; KeyboardInterrupt, after a checkpoint, on SIGINT or
+    SIGTERM.
     """
-    found = last_checkpoint(folder)
-    if found is not None and not resume:
-        raise ValueError(f"{found} is there: go on from it with --resume, or choose another --output")
-    size = len(next(iter(make_batch(0).values())))
-    if size % (accelerator.num_processes * accumulate):
-        raise ValueError(f"a batch of {size} pictures cannot be split into "
-                         f"{accelerator.num_processes} processes x {accumulate} parts; choose another --batch-size")
+    require_resumable(folder, resume)
+    require_parts(len(next(iter(make_batch(0).values()))), accelerator.num_processes, accumulate)
     average = copy.deepcopy(model).float().eval().requires_grad_(False).to(accelerator.device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate(0), betas=(0.9, beta2), weight_decay=weight_decay, fused=True)
     bare = model
     model, optimizer = accelerator.prepare(model, optimizer)
-    pairs = list(zip(average.parameters(), bare.parameters(), strict=True))
-    averaged, current = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    state = {"step": 0, "first_loss": None, "settings": settings}
+    state = {"step": 0, "first_loss": None, "scaler": None, "settings": settings}
+    found = last_checkpoint(folder)
     if found is not None:
         state = load_checkpoint(found, bare, average, optimizer, settings)
-    accelerator.wait_for_everyone()
+        if state["scaler"]:  # fp16's factor of the loss
+            accelerator.scaler.load_state_dict(state["scaler"])
+    require_same_step(state["step"], folder, accelerator)
     if accelerator.is_main_process:
         cut_log(folder, state["step"])
 
+    def take(step):
+        batch = share(make_batch(step), accelerator.process_index, accelerator.num_processes)
+        pin = accelerator.device.type == "cuda"  # else the way to the GPU would wait for it
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin else batch
+
     model.train()
-    tally, since, started = torch.zeros(10, device=accelerator.device), state["step"], time.perf_counter()
+    averaged, current = list(average.parameters()), list(bare.parameters())
+    tally, since, started = torch.zeros(9, device=accelerator.device), state["step"], time.perf_counter()
     # One thread of its own makes the next batch; with more, OpenMP's pools of the two would wait for each other's cores.
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as ahead, stop_signals() as stopped:
-        coming = ahead.submit(make_batch, state["step"])
+        coming = ahead.submit(take, state["step"])
         for step in range(state["step"], steps):
-            batch = share(coming.result(), accelerator.process_index, accelerator.num_processes)
+            batch = coming.result()
             if step + 1 < steps:
-                coming = ahead.submit(make_batch, step + 1)
+                coming = ahead.submit(take, step + 1)
+            torch.manual_seed(step * accelerator.num_processes + accelerator.process_index)  # of a network with dropout
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step)
-            for number in range(accumulate):
-                part = {name: tensor.to(accelerator.device, non_blocking=True)
-                        for name, tensor in share(batch, number, accumulate).items()}
-                last = number + 1 == accumulate
-                with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    losses, quarter = loss_of_batch(model, part)
-                    accelerator.backward(losses.mean() / accumulate)
-                tally[:4].index_add_(0, quarter, losses.detach().float())
-                tally[4:8].index_add_(0, quarter, torch.ones_like(losses, dtype=torch.float32))
+            compute_gradients(model, batch, loss_of_batch, accelerator, accumulate, tally)
             tally[8] += accelerator.clip_grad_norm_(trained, clip)
             optimizer.step()
             optimizer.zero_grad()
             update_average(averaged, current, ema_decay, step)
 
             done = step + 1
-            save = done % save_every == 0 or done == steps or (stopped and accelerator.num_processes == 1)
-            if done % log_every == 0 or save:
-                tally[9] = len(stopped)
-                record = summary(accelerator.reduce(tally).tolist(), done - since, accelerator.num_processes)
-                seconds = time.perf_counter() - started
-                record = {"step": done, **record, "learning_rate": learning_rate(step), "seconds_per_step":
-                          seconds / (done - since)}
+            stopping = asked_to_stop(stopped, done, accelerator)
+            save = stopping or done % save_every == 0 or done == steps
+            if save or done % log_every == 0:
+                counted, seconds = accelerator.reduce(tally).tolist(), time.perf_counter() - started
+                record = {"step": done, **summary(counted, done - since, accelerator.num_processes),
+                          "learning_rate": learning_rate(step), "seconds_per_step": seconds / (done - since)}
                 state["first_loss"] = state["first_loss"] or record["loss"]
-                if not record["loss"] <= EXPLODED * state["first_loss"]:
-                    raise ValueError(f"the loss became {record['loss']:g} by step {done}; the last good checkpoint is "
-                                     f"{last_checkpoint(folder) or 'none'}; lower the learning rate")
-                stopping = record.pop("stopping")
+                require_health(record, state["first_loss"], accelerator.scaler is not None, folder)
                 if accelerator.is_main_process:
-                    with (folder / LOG).open("a") as log:
-                        log.write(json.dumps(record) + "\n")
+                    write_log(folder, record)
                     report(record)
-                if save or stopping:
-                    state["step"] = done
-                    if accelerator.is_main_process:
-                        save_checkpoint(folder, state, bare, average, optimizer, keep)
-                    accelerator.wait_for_everyone()
-                if stopping and done < steps:
-                    raise KeyboardInterrupt(f"stopped after step {done}; the same command with --resume goes on")
                 tally.zero_()
                 since, started = done, time.perf_counter()
+            if save:
+                state.update(step=done, scaler=accelerator.scaler.state_dict() if accelerator.scaler else None)
+                if accelerator.is_main_process:
+                    save_checkpoint(folder, state, bare, average, optimizer, keep)
+                accelerator.wait_for_everyone()
+            if stopping and done < steps:
+                raise KeyboardInterrupt(f"stopped after step {done}; the same command with --resume goes on")
             if sample_every and done % sample_every == 0 and accelerator.is_main_process:
+                pause = time.perf_counter()
                 sample(done, average)
+                started += time.perf_counter() - pause
     return average
+
+
+def compute_gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor], loss_of_batch: Callable,
+                      accelerator: Accelerator, accumulate: int, tally: torch.Tensor):
+    """Add up the gradients of a batch, part by part, and in `tally` each quarter's losses and number of pictures."""
+    for number in range(accumulate):
+        part = {name: tensor.to(accelerator.device, non_blocking=True)
+                for name, tensor in share(batch, number, accumulate).items()}
+        last = number + 1 == accumulate
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            losses, quarter = loss_of_batch(model, part)
+            accelerator.backward(losses.mean() / accumulate)
+        tally[:4].index_add_(0, quarter, losses.detach().float())
+        tally[4:8].index_add_(0, quarter, torch.ones_like(losses, dtype=torch.float32))
+
+
+def require_parts(batch_size: int, processes: int, accumulate: int):
+    """Raise a ValueError, in one line, unless a batch can be shared out evenly."""
+    if batch_size % (processes * accumulate):
+        raise ValueError(f"a batch of {batch_size} pictures cannot be split into {processes} processes x {accumulate} "
+                         "parts; choose another --batch-size")
+
+
+def require_same_step(step: int, folder: Path, accelerator: Accelerator):
+    """Raise a ValueError, in one line, where processes have found different checkpoints; and wait for all of them."""
+    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise ValueError(f"the processes see checkpoints of the steps {steps} in {folder}; it must be on a disk that "
+                         "all of them share")
+
+
+def require_health(record: dict, first_loss: float, may_overflow: bool, folder: Path):
+    """Raise a ValueError, in one line, where a training is lost: no number any more, or every quarter's loss far too high.
+
+    One quarter alone may be: with cosine betas the bound of the last timesteps is hundreds for a single picture.
+    """
+    lowest = min(loss for loss in record["loss_by_quarter"] if loss is not None)
+    lost = {"loss": not (math.isfinite(record["loss"]) and lowest <= EXPLODED * first_loss),
+            "gradient_norm": not (may_overflow or math.isfinite(record["gradient_norm"]))}
+    for name, is_lost in lost.items():
+        if is_lost:
+            raise ValueError(f"the {name.replace('_', ' ')} became {record[name]:g} by step {record['step']}; the last "
+                             f"good checkpoint is {last_checkpoint(folder) or 'none'}: go on from it with --resume and a "
+                             "lower --learning-rate")
+
+
+def asked_to_stop(stopped: list[int], done: int, accelerator: Accelerator) -> bool:
+    """Whether this process, or with several processes any, was told to stop."""
+    if accelerator.num_processes == 1:
+        return bool(stopped)
+    if done % ASK_EVERY:
+        return False
+    return accelerator.reduce(torch.tensor([len(stopped)], device=accelerator.device)).item() > 0
 
 
 def summary(tally: list[float], steps: int, processes: int) -> dict:
     """The numbers since the last log: mean loss, also by quarter of the timesteps (None where unseen), gradient norm."""
     losses, counts = tally[:4], tally[4:8]
-    return {"loss": sum(losses) / sum(counts), "gradient_norm": tally[8] / steps / processes, "stopping": tally[9] > 0,
+    return {"loss": sum(losses) / sum(counts), "gradient_norm": tally[8] / steps / processes,
             "loss_by_quarter": [loss / count if count else None for loss, count in zip(losses, counts)]}
 
 
@@ -176,54 +219,3 @@ def stop_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def save_checkpoint(folder: Path, state: dict, model, average, optimizer, keep: int):
-    """Write `checkpoint-STEP`, which appears whole or not at all, and remove all but the last `keep`."""
-    path = folder / f"checkpoint-{state['step']:08d}"
-    unfinished = path.with_name(f"{path.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for name, network in (("model", model), ("average", average)):
-        write_tensors(unfinished / f"{name}.safetensors",
-                      {key: tensor.detach().contiguous() for key, tensor in network.named_parameters()})
-    torch.save(optimizer.state_dict(), unfinished / "optimizer.pt")
-    write_whole(unfinished / STATE, json.dumps(state, indent=2).encode() + b"\n")
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(unfinished, path)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("checkpoint-*") if path.suffix != ".part")
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None."""
-    return next(reversed(checkpoints(folder)), None)
-
-
-def load_checkpoint(path: Path, model, average, optimizer, settings: dict) -> dict:
-    """Put a checkpoint into model, average and optimiser; returns its state. Raises ValueError for another run's."""
-    state = json.loads((path / STATE).read_text())
-    other = sorted(key for key in {*state["settings"], *settings} if state["settings"].get(key) != settings.get(key))
-    if other:
-        changes = ", ".join(f"{key} {state['settings'].get(key)!r} there and {settings.get(key)!r} now" for key in other)
-        raise ValueError(f"{path} is of another run: {changes}; choose another --output")
-    with torch.no_grad():
-        for name, network in (("model", model), ("average", average)):
-            tensors = load_file(path / f"{name}.safetensors")
-            for key, parameter in network.named_parameters():
-                parameter.copy_(tensors[key])
-    optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
-    return state
-
-
-def cut_log(folder: Path, step: int):
-    """Leave only the lines of the log up to `step`, from where the run goes on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = (folder / LOG).read_text().splitlines() if (folder / LOG).is_file() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    write_whole(folder / LOG, "".join(f"{line}\n" for line in kept).encode())

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,11 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 import train
-from nets import DiTPipeline
+from nets import DiTPipeline, Transformer2DModel
 from nets.checkpoint import to_original
 
-TINY = ["--width", "32", "--depth", "2", "--heads", "2", "--patch", "2", "--vae", SMALL_MODEL, "--device", "cpu",
-        "--batch-size", "20", "--learning-rate", "3e-3", "--log-every", "5"]
+LOOP = ["--device", "cpu", "--batch-size", "20", "--learning-rate", "3e-3", "--log-every", "5"]
+TINY = ["--width", "32", "--depth", "2", "--heads", "2", "--patch", "2", "--vae", SMALL_MODEL, *LOOP]
 
 
 @pytest.fixture(scope="module")
@@ -140,32 +141,83 @@ def test_a_run_that_was_killed_again_and_again_ends_in_the_same_weights(data, la
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
-def test_two_processes_see_what_one_sees(data, latents, trained, tmp_path):
-    process = start(data, tmp_path / "two", latents, "--steps", 30,
+def test_two_processes_see_what_one_sees_and_one_can_go_on_with_it(data, trained, tmp_path):
+    process = start(data, tmp_path / "two", tmp_path / "latents", "--steps", 20,
                     launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"))
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text
+    assert losses(tmp_path / "two") == pytest.approx(losses(trained)[:4], rel=1e-5)
+    assert run(data, tmp_path / "two", "--steps", 30, "--latents", tmp_path / "latents", "--resume") == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(trained), rel=1e-5)
 
 
-@pytest.mark.parametrize("init", ["folder", ".pt"])
-def test_fine_tuning_keeps_all_but_the_label_table(init, data, latents, trained, tmp_path):
+def test_several_processes_that_are_told_to_stop_leave_a_checkpoint(data, latents, trained, tmp_path):
+    process = start(data, tmp_path / "two", latents, "--steps", 100_000, "--log-every", 50_000, "--save-every", 100_000,
+                    launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"))
+    while not any((tmp_path / "two/training").glob("**/events*")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    time.sleep(5)  # until the steps have begun
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert newest(tmp_path / "two") % 10 == 0 and newest(tmp_path / "two") > 0
+
+
+def test_fine_tuning_keeps_all_but_the_label_table(data, latents, trained, tmp_path, capsys):
     small = DiTPipeline.from_pretrained(SMALL_MODEL, dtype=torch.float32)
-    name = SMALL_MODEL
-    if init == ".pt":
-        name = tmp_path / "small.pt"
-        state_dict = to_original(small.transformer)
-        torch.save(state_dict, name)
-    options = ["--init", name, "--steps", 1, "--learning-rate", "1e-9", "--freeze-below", 3, "--latents", latents]
-    if init == ".pt":  # its width and depth are no published size
-        assert run(data, tmp_path / "tuned", *options) == 2
-        return
-    assert run(data, tmp_path / "tuned", *options) == 0
+    options = ["--init", SMALL_MODEL, "--steps", 1, "--learning-rate", "1e-9", "--latents", latents]
+    assert run(data, tmp_path / "tuned", *options, tiny=LOOP) == 0
+    assert "all but the label table, which starts anew" in capsys.readouterr().out
     before, after = small.transformer.state_dict(), weights(tmp_path / "tuned")
     for key, tensor in before.items():
         if "embedding_table" not in key:
             torch.testing.assert_close(after[key], tensor, atol=1e-6, rtol=0)
     assert after["transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"].shape == (6, 256)
+
+
+def test_an_original_checkpoint_is_gone_on_with_but_for_what_is_frozen(data, latents, trained, tmp_path, capsys):
+    published = Transformer2DModel(num_attention_heads=6, attention_head_dim=64, num_layers=12, patch_size=4, sample_size=8,
+                                   out_channels=8, num_embeds_ada_norm=5)
+    torch.save(to_original(published), tmp_path / "S.pt")
+    assert run(data, tmp_path / "tuned", "--init", tmp_path / "S.pt", "--vae", SMALL_MODEL, "--steps", 1, "--freeze-below",
+               11, "--latents", latents, tiny=LOOP) == 0
+    assert "all of it" in capsys.readouterr().out
+    before = published.state_dict()
+    changed = {key for key, tensor in weights(tmp_path / "tuned").items() if not torch.equal(tensor, before[key])}
+    frozen = tuple(f"transformer_blocks.{number}." for number in range(11))
+    assert not {key for key in changed if key.startswith(("pos_embed", *frozen)) and ".emb." not in key}
+    assert {key for key in changed if key.startswith("proj_out_2")}
+
+
+def test_what_is_asked_for_reaches_the_loop(data, latents, trained, tmp_path, monkeypatch):
+    heard = {}
+
+    def listen(model, make_batch, loss_of_batch, accelerator, folder, settings, **options):
+        heard.update(options, model=model, make_batch=make_batch, accelerator=accelerator, settings=settings)
+        raise OSError("heard enough")
+    monkeypatch.setattr("nets.training.fit", listen)
+    asked = {"steps": 7, "weight_decay": 0.1, "beta2": 0.95, "clip": 0.3, "accumulate": 2, "ema_decay": 0.5,
+             "save_every": 3, "keep": 4, "log_every": 6, "sample_every": 8}
+    options = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", value)]
+    assert run(data, tmp_path / "out", *options, "--latents", latents, "--warmup-steps", 2, "--decay", "cosine",
+               "--label-dropout", 1, "--gradient-checkpointing", "--mixed-precision", "bf16", "--freeze-below", 1) == 2
+    assert {name: heard[name] for name in asked} == asked
+    assert [heard["learning_rate"](step) for step in (0, 7)] == [1.5e-3, 0]
+    assert heard["accelerator"].mixed_precision == "bf16" and heard["model"].gradient_checkpointing
+    assert not heard["model"].transformer_blocks[0].attn1.to_q.weight.requires_grad
+    batch = heard["make_batch"](0)
+    assert set(batch["class_labels"].tolist()) == {5}
+    scale = json.loads((SMALL_MODEL / "vae/config.json").read_text())["scaling_factor"]
+    moments = load_file(latents / "00000.safetensors")
+    second = moments["mean"].square().mean() + moments["logvar"].exp().mean()  # of a posterior sample
+    assert batch["latents"].square().mean() == pytest.approx((second * scale**2).item(), rel=0.2)
+    assert heard["settings"]["pictures"] and heard["settings"]["vae"]
+
+
+def test_compiled_it_learns_the_same(data, latents, trained, tmp_path):
+    assert run(data, tmp_path / "compiled", "--steps", 30, "--latents", latents, "--compile") == 0
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(trained), rel=1e-3)
+    assert set(weights(tmp_path / "compiled")) == set(weights(trained))
 
 
 @pytest.mark.parametrize("options", [
@@ -184,13 +236,21 @@ def test_flips_and_a_broken_picture(data, tmp_path, capsys):
     (tmp_path / "data/one").mkdir(parents=True)
     for index in range(6):
         Image.new("RGB", (32, 32), (40 * index, 0, 0)).save(tmp_path / f"data/one/{index}.png")
-    (tmp_path / "data/one/4.png").write_bytes(b"broken")
+    (tmp_path / "data/one/0.png").write_bytes(b"broken")
     assert run(tmp_path / "data", tmp_path / "out", "--steps", 2, "--flip") == 0
     assert "left out: cannot read the picture" in capsys.readouterr().err
     assert "5 pictures of 1 classes" in (tmp_path / "out/README.md").read_text()
     assert load_file(tmp_path / "out/training/latents/00000.safetensors")["mean"].shape == (5, 2, 4, 8, 8)
     assert run(tmp_path / "data", tmp_path / "strict", "--steps", 2, "--strict") == 2
-    assert "4.png" in capsys.readouterr().err.splitlines()[-1]
+    assert "0.png" in capsys.readouterr().err.splitlines()[-1]
+    assert run(tmp_path / "data", tmp_path / "strict", "--steps", 2, "--strict", "--flip", "--latents",
+               tmp_path / "out/training/latents") == 2
+    assert "0.png" in capsys.readouterr().err.splitlines()[-1]
+    vae = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "vae"), "--steps", "2", "--device", "cpu",
+           "--batch-size", "6"]
+    assert train.main(["vae", "--strict", *vae]) == 2 and "0.png" in capsys.readouterr().err.splitlines()[-1]
+    shutil.rmtree(tmp_path / "vae")
+    assert train.main(["vae", *vae]) == 0 and "left out: cannot read the picture" in capsys.readouterr().err
 
 
 def test_a_vae_of_ones_own(fashion_mnist, tmp_path):
@@ -225,12 +285,31 @@ def test_wrong_values_get_one_line_and_no_pipeline(options, named, data, tmp_pat
 def test_a_finished_folder_is_not_trained_over_and_other_settings_are_refused(data, latents, trained, capsys):
     assert run(data, trained, "--steps", 30, "--latents", latents) == 2
     assert "go on from it with --resume, or choose another --output" in capsys.readouterr().err
-    assert run(data, trained, "--steps", 30, "--latents", latents, "--resume", "--learning-rate", "1e-5") == 2
-    assert "learning_rate 0.003 there and 1e-05 now" in capsys.readouterr().err
+    assert run(data, trained, "--steps", 30, "--latents", latents, "--resume", "--beta2", "0.9") == 2
+    assert "beta2 0.999 there and 0.9 now" in capsys.readouterr().err
+
+
+def test_a_run_is_not_gone_on_with_on_other_pictures(data, trained, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data/kind 3/7.png").unlink()
+    assert run(tmp_path / "data", trained, "--steps", 30, "--latents", tmp_path / "latents", "--resume") == 2
+    assert "is of another run: pictures" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_left_alone(data, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("mine")
+    assert run(data, tmp_path, "--steps", 1) == 2
+    assert "has files of something else; choose another --output" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
 def test_what_cannot_be_meant_is_said_by_the_parser(capsys):
-    for options, named in (([], "--vae"), (["--vae", "x", "--width", "30", "--heads", "4"], "--width 30")):
+    for options, named in (
+            ([], "--vae"), (["--vae", "x", "--width", "30", "--heads", "4"], "--width 30"),
+            (["--init", "x", "--depth", "3", "--variance", "fixed"], "--init has its own depth, variance; leave it out"),
+            (["vae", "--flip"], "--flip is of no use to a VAE"), (["vae", "--init", "x"], "--init is of no use to a VAE"),
+            (["--clip", "0"], "0 is not over 0"), (["--label-dropout", "7"], "7 is not in 0..1"),
+            (["--min-snr", "-5"], "-5 is not over 0"), (["--ema-decay", "2"], "2 is not in 0..1")):
         with pytest.raises(SystemExit) as stop:
             train.parse_arguments(["--data", "x", "--output", "y", *options])
         assert stop.value.code == 2 and named in capsys.readouterr().err
@@ -239,5 +318,5 @@ def test_what_cannot_be_meant_is_said_by_the_parser(capsys):
 def test_init_with_a_network_of_another_latent_size_is_refused(data, latents, trained, tmp_path, capsys):
     tiny_pipeline(sample_size=16).save_pretrained(tmp_path / "other")
     assert run(data, tmp_path / "out", "--steps", 1, "--init", tmp_path / "other", "--size", 32, "--latents",
-               latents) == 2
+               latents, tiny=[*LOOP, "--vae", SMALL_MODEL]) == 2
     assert "--init was trained on latents of 4 channels and side 16, and these have 4 and 8" in capsys.readouterr().err

@@ -3,22 +3,17 @@
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import nn
 
+from nets.run_folder import checkpoints, last_checkpoint
 from nets.sampling import picture_generator
-from nets.training import (
-    checkpoints,
-    fit,
-    indices_of_step,
-    last_checkpoint,
-    learning_rate_at,
-    share,
-    update_average,
-)
+from nets.training import fit, indices_of_step, learning_rate_at, share, update_average
 
 COUNT, BATCH = 30, 8
 INPUTS = torch.randn(COUNT, 3, generator=torch.Generator().manual_seed(0))
@@ -75,10 +70,11 @@ def loss_of_batch(model, batch):
     return losses, torch.arange(len(losses)) % 4
 
 
-def train(folder, steps=20, batches=make_batch, loss=loss_of_batch, model=None, settings=None, **options):
+def train(folder, steps=20, batches=make_batch, loss=loss_of_batch, model=None, settings=None, scaler=None, **options):
     options = {"save_every": 5, "log_every": 5, "learning_rate": lambda step: learning_rate_at(step, 1e-2, 3), **options}
-    return fit(model or network(), batches, loss, Accelerator(cpu=True), folder, settings or {"seed": 0}, steps=steps,
-               **options)
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = scaler
+    return fit(model or network(), batches, loss, accelerator, folder, settings or {"seed": 0}, steps=steps, **options)
 
 
 def log(folder):
@@ -144,6 +140,19 @@ def test_a_run_that_was_cut_and_gone_on_with_is_bit_equal(tmp_path):
     assert losses[0] == losses[1] and [record["step"] for record in log(tmp_path / "cut")] == [5, 10, 15, 20]
 
 
+def test_the_loss_scale_of_fp16_is_gone_on_with(tmp_path):
+    def scaler():  # float16 itself needs a GPU; the scale doubles every third step
+        return torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+
+    whole = train(tmp_path / "whole", scaler=scaler())
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(tmp_path / "cut", batches=dies_at(13), scaler=scaler())
+    cut = train(tmp_path / "cut", resume=True, scaler=scaler())
+    states = [json.loads((tmp_path / run / "checkpoint-00000020/state.json").read_text()) for run in ("whole", "cut")]
+    assert states[0]["scaler"]["scale"] == 4.0 * 2**6 and states[0] == states[1]
+    assert equal(whole, cut)
+
+
 def test_only_the_last_checkpoints_stay_and_unfinished_ones_do_not_count(tmp_path):
     (tmp_path / "checkpoint-00000099.part").mkdir(parents=True)
     train(tmp_path, keep=2)
@@ -154,9 +163,10 @@ def test_only_the_last_checkpoints_stay_and_unfinished_ones_do_not_count(tmp_pat
 def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     train(tmp_path, 5)
 
-    def stops(*_):
-        raise OSError("stopped")
-    monkeypatch.setattr("nets.training.torch.save", stops)
+    def stops(path, *_):
+        if path.name == "state.json":
+            raise OSError("stopped")
+    monkeypatch.setattr("nets.run_folder.write_whole", stops)
     with pytest.raises(OSError, match="stopped"):
         train(tmp_path, 10, resume=True)
     monkeypatch.undo()
@@ -172,15 +182,68 @@ def test_a_folder_with_a_checkpoint_needs_resume_and_the_same_settings(tmp_path)
         train(tmp_path, 10, resume=True, settings={"seed": 1})
 
 
+def test_what_may_change_is_changed_aloud(tmp_path):
+    settings = {"seed": 0, "learning_rate": 1e-2}
+    train(tmp_path, 5, settings=settings)
+    with pytest.warns(UserWarning, match="checkpoint-00000005 with learning_rate 0.01 there and 0.001 now"):
+        train(tmp_path, 10, resume=True, settings={**settings, "learning_rate": 1e-3}, learning_rate=lambda step: 1e-3)
+    assert [record["learning_rate"] for record in log(tmp_path)] == [1e-2, 1e-3]
+    assert json.loads((last_checkpoint(tmp_path) / "state.json").read_text())["settings"]["learning_rate"] == 1e-3
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    train(tmp_path, 5)
+    path = last_checkpoint(tmp_path) / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"checkpoint-00000005 is damaged \(.*\); remove it"):
+        train(tmp_path, 10, resume=True)
+
+
+def test_the_time_of_a_sheet_is_not_that_of_the_steps(tmp_path):
+    train(tmp_path, 10, sample_every=6, sample=lambda step, average: time.sleep(1))
+    assert log(tmp_path)[1]["seconds_per_step"] < 0.1
+
+
+def test_a_network_that_draws_draws_the_same_when_it_is_gone_on_with(tmp_path):
+    def dropping():
+        return nn.Sequential(network(), nn.Dropout(0.5))
+    whole = train(tmp_path / "whole", model=dropping())
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(tmp_path / "cut", batches=dies_at(13), model=dropping())
+    torch.manual_seed(99)
+    assert equal(whole, train(tmp_path / "cut", resume=True, model=dropping()))
+
+
 def test_a_loss_that_is_no_number_or_explodes_stops_with_the_last_good_checkpoint(tmp_path):
     for name, bad in (("nan", float("nan")), ("explodes", 1e4)):
         def loss(model, batch, bad=bad, steps=[0]):  # noqa: B006
             steps[0] += 1
             losses, quarter = loss_of_batch(model, batch)
             return losses * (bad if steps[0] > 7 else 1), quarter
-        with pytest.raises(ValueError, match=r"the loss became .* by step 10; .* is .*checkpoint-00000005; lower the"):
+        with pytest.raises(ValueError, match=r"the loss became .* by step 10; .* is .*checkpoint-00000005: go on"):
             train(tmp_path / name, loss=loss)
         assert last_checkpoint(tmp_path / name).name == "checkpoint-00000005"
+
+
+def test_a_gradient_that_is_no_number_is_noticed_before_the_weights_are_kept(tmp_path):
+    def loss(model, batch, steps=[0]):  # noqa: B006
+        steps[0] += 1
+        losses, quarter = loss_of_batch(model, batch)
+        if steps[0] == 10:
+            losses.register_hook(lambda gradient: gradient * float("nan"))
+        return losses, quarter
+    with pytest.raises(ValueError, match=r"the gradient norm became nan by step 10; .* is .*checkpoint-00000005: go on"):
+        train(tmp_path, loss=loss)
+    assert last_checkpoint(tmp_path).name == "checkpoint-00000005"
+    assert all(tensor.isfinite().all() for tensor in load_file(last_checkpoint(tmp_path) / "model.safetensors").values())
+
+
+def test_one_picture_of_a_huge_bound_is_no_explosion(tmp_path):
+    def loss(model, batch):
+        losses, quarter = loss_of_batch(model, batch)
+        return losses + 1e4 * torch.tensor([0, 0, 0, 1, 0, 0, 0, 0]), quarter
+    train(tmp_path, steps=5, log_every=2, loss=lambda *arguments: loss_of_batch(*arguments))
+    train(tmp_path, steps=10, log_every=2, loss=loss, resume=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
