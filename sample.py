@@ -21,6 +21,7 @@ else:
 
 # What settles every picture, beside the weights: two runs that differ in one of these make different pictures.
 SETTINGS = ("steps", "guidance_scale", "guidance_channels", "guidance_interval", "scheduler", "dtype", "seed")
+NPZ = "samples.npz"
 
 
 def main(argv=None) -> int:
@@ -51,7 +52,15 @@ def run(arguments):
     from accelerate.utils import broadcast_object_list
 
     from nets.loading import config_fingerprint, fingerprint
-    from nets.sampling import PictureWriter, gather_manifest, open_folder, picture_generator, picture_label, write_npz
+    from nets.sampling import (
+        PictureWriter,
+        gather_manifest,
+        held,
+        open_folder,
+        picture_generator,
+        picture_label,
+        write_npz,
+    )
 
     arguments.model = arguments.model or command_line.model_name()
     # Processes wait for each other at the start, while one looks through the folder, and at the end, for the slowest.
@@ -64,9 +73,10 @@ def run(arguments):
     classes = pipeline.transformer.config.num_embeds_ada_norm
     labels = read_labels(arguments.labels, id2label, classes)
 
-    message = [None, None]
+    message, holding = [None, None], contextlib.ExitStack()
     if state.is_main_process:
         try:
+            holding.enter_context(held(arguments.output))
             settings = {**{name: getattr(arguments, name) for name in SETTINGS}, "labels": labels,
                         "weights": fingerprint(pipeline.transformer, pipeline.vae),
                         "config": config_fingerprint(pipeline.transformer, pipeline.vae, pipeline.scheduler),
@@ -75,6 +85,8 @@ def run(arguments):
             done = open_folder(arguments.output, {key: value if not isinstance(value, tuple) else list(value)
                                                   for key, value in settings.items()}, facts)
             message = [[index for index in range(arguments.num) if index not in done], None]
+            if message[0]:
+                (arguments.output / NPZ).unlink(missing_ok=True)  # of fewer pictures
         except (OSError, ValueError) as error:
             message = [None, str(error)]
     missing, refusal = broadcast_object_list(message)
@@ -114,9 +126,10 @@ def run(arguments):
     if missing:
         print(f"{len(missing)} pictures, {len(missing) / (time.perf_counter() - started):.2f} a second")
     if arguments.npz:
-        write_npz(arguments.output, arguments.num, arguments.output / "samples.npz")
-        print(arguments.output / "samples.npz")
+        write_npz(arguments.output, [done[index]["class"] for index in range(arguments.num)], arguments.output / NPZ)
+        print(arguments.output / NPZ)
     print(f"{arguments.output}: {arguments.num} pictures, {len(done)} in the manifest")
+    holding.close()
 
 
 def read_labels(how, id2label, classes):

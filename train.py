@@ -125,6 +125,7 @@ def run(arguments):
 
     from nets.picture_sets import open_pictures
     from nets.run_folder import require_resumable
+    from nets.sampling import held
     from nets.training import require_parts
 
     diffusers.utils.logging.set_verbosity_error()
@@ -145,13 +146,14 @@ def run(arguments):
     require_parts(arguments.batch_size, accelerator.num_processes, arguments.accumulate)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(arguments.seed)
-    accelerator.init_trackers("tensorboard")
     try:
-        {"dit": train_dit, "vae": train_vae}[arguments.part](arguments, accelerator, pictures, training)
+        with held(training) if accelerator.is_main_process else contextlib.nullcontext():
+            accelerator.init_trackers("tensorboard")
+            {"dit": train_dit, "vae": train_vae}[arguments.part](arguments, accelerator, pictures, training)
+            accelerator.end_training()
     except torch.OutOfMemoryError as error:
         raise ValueError(f"too little memory on {accelerator.device}: try --accumulate {2 * arguments.accumulate}, "
                          "--gradient-checkpointing or --mixed-precision bf16") from error
-    accelerator.end_training()
 
 
 def train_dit(arguments, accelerator, pictures, training):

@@ -62,7 +62,7 @@ def main():
         started = time.perf_counter()
         gather_manifest(folder)
         middle = time.perf_counter()
-        write_npz(folder, count, Path(place) / "samples.npz")
+        write_npz(folder, [1] * count, Path(place) / "samples.npz")
         ended = time.perf_counter()
         print(f"digest: {1000 * (middle - started) / count:.2f} ms; npz: {1000 * (ended - middle) / count:.1f} ms")
         ratios = []

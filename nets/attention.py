@@ -97,10 +97,10 @@ class BasicTransformerBlock(nn.Module):
         self.attn1 = Attention(dim, heads, head_dim, dropout, attention_bias)
         self.norm3 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
         self.ff = FeedForward(dim, dropout)
-        self.chunk_size, self.chunk_dim = None, 1
+        self.chunk_size, self.chunk_dim = None, 0
 
-    def set_chunk_feed_forward(self, chunk_size: int | None, dim: int = 1):
-        """Run the MLP over `chunk_size` entries of dimension `dim` (1: the tokens) at a time, to save memory."""
+    def set_chunk_feed_forward(self, chunk_size: int | None, dim: int = 0):
+        """Run the MLP over `chunk_size` entries of dimension `dim` (0: batch, 1: tokens) at a time, to save memory."""
         self.chunk_size, self.chunk_dim = chunk_size, dim
 
     def forward(self, hidden_states: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:

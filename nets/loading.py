@@ -106,7 +106,10 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     """Write a safetensors file that appears whole or not at all. Raises OSError, in one line, where that cannot be."""
     unfinished = path.with_name(f"{path.name}.part")
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # what anybody may do with a new file here; safetensors lets its owner alone
         save_file(tensors, unfinished, metadata)
+        unfinished.chmod(mode)
         os.replace(unfinished, path)
     except SafetensorError as error:  # which is no OSError, for a disk that is full or not to be written on
         raise OSError(f"cannot write {path}: {error}") from error

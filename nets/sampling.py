@@ -4,6 +4,7 @@ Picture k depends on (seed, k) alone. The folder holds `settings.json`, `manifes
 in folders of 1,000. A file appears whole or not at all; what the manifest does not vouch for is made again.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -18,7 +19,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-MANIFEST, SETTINGS = "manifest.jsonl", "settings.json"
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+MANIFEST, SETTINGS, LOCK = "manifest.jsonl", "settings.json", ".lock"
 
 
 def picture_generator(seed: int, *index: int) -> torch.Generator:
@@ -50,7 +56,8 @@ def open_folder(folder: Path, settings: dict, facts: dict | None = None) -> dict
     """Make or take up a folder of pictures; returns the manifest's records of those that are there and whole, by index.
 
     `settings` are what must not change, `facts`, kept beside them, what may: the number of pictures, the model's name.
-    For one process, before others write. Raises ValueError, naming the settings, for a folder of other pictures.
+    For one process, which has it `held`, before others write. Raises ValueError, naming the settings, for a folder of other
+    pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
@@ -64,10 +71,29 @@ def open_folder(folder: Path, settings: dict, facts: dict | None = None) -> dict
             there, now = ({key: shorten(repr(given.get(key)), 40) for key in other} for given in (found, settings))
             changes = ", ".join(f"{key} {there[key]} there and {now[key]} now" for key in other)
             raise ValueError(f"{folder} has pictures of other settings: {changes}; choose another folder")
-    elif any(found.suffix != ".part" for found in folder.iterdir()):
+    elif any(found.suffix != ".part" and found.name != LOCK for found in folder.iterdir()):
         raise ValueError(f"{folder} has files in it, and none of them is {SETTINGS}; choose an empty folder")
     write_whole(path, json.dumps({**settings, **(facts or {})}, indent=2).encode() + b"\n")
     return gather_manifest(folder)
+
+
+@contextlib.contextmanager
+def held(folder: Path):
+    """Hold a folder as one run's own; the operating system lets go of it when the process ends, however it ends.
+
+    Raises ValueError, in one line, where another run holds it. Where files cannot be locked, as on some network disks or on
+    Windows, nothing is held.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another run is at work in {folder}; wait for it, or choose another folder") from error
+        except OSError:
+            pass
+        yield
 
 
 def gather_manifest(folder: Path) -> dict[int, dict]:
@@ -170,11 +196,12 @@ class PictureWriter:
             raise self.error
 
 
-def write_npz(folder: Path, count: int, path: Path):
-    """Pictures 0..count-1 as the ADM evaluator reads them: `arr_0`, (count, height, width, 3) uint8.
+def write_npz(folder: Path, class_ids: list[int], path: Path):
+    """The first pictures as the ADM evaluator reads them: `arr_0` (count, height, width, 3) uint8, `arr_1` their classes.
 
     One picture at a time is in memory.
     """
+    count = len(class_ids)
     first = np.asarray(Image.open(folder / picture_path(0)))
     unfinished = path.with_name(f"{path.name}.part")
     try:
@@ -184,6 +211,9 @@ def write_npz(folder: Path, count: int, path: Path):
                 array, {"descr": "|u1", "fortran_order": False, "shape": (count, *first.shape)})
             for index in range(count):
                 array.write(np.asarray(Image.open(folder / picture_path(index))).tobytes())
+            array.close()
+            with archive.open("arr_1.npy", "w") as labels:
+                np.lib.format.write_array(labels, np.array(class_ids))
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -2,15 +2,19 @@
 
 import json
 import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from nets.sampling import (
     PictureWriter,
     gather_manifest,
+    held,
     open_folder,
     picture_generator,
     picture_label,
@@ -171,12 +175,25 @@ def test_at_most_so_many_pictures_wait(tmp_path, monkeypatch):
 def test_the_npz_is_the_adm_evaluators(tmp_path):
     open_folder(tmp_path, SETTINGS)
     write(tmp_path, range(7))
-    write_npz(tmp_path, 6, tmp_path / "samples.npz")
+    write_npz(tmp_path, [3, 1, 4, 1, 5, 9], tmp_path / "samples.npz")
     with np.load(tmp_path / "samples.npz") as archive:
-        assert archive.files == ["arr_0"]
+        assert archive.files == ["arr_0", "arr_1"] and archive["arr_1"].tolist() == [3, 1, 4, 1, 5, 9]
         array = archive["arr_0"]
     assert array.dtype == np.uint8 and np.array_equal(array, np.stack([np.asarray(picture(index)) for index in range(6)]))
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_folder_is_one_runs_at_a_time_and_free_when_it_died(tmp_path):
+    program = ("import pathlib, sys, time\nfrom nets.sampling import held\n"
+               "with held(pathlib.Path(sys.argv[1])):\n    print(1, flush=True)\n    time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)
+    other.stdout.readline()
+    with pytest.raises(ValueError, match="another run is at work in"), held(tmp_path):
+        pass
+    other.kill()
+    other.communicate()
+    with held(tmp_path):
+        open_folder(tmp_path, SETTINGS)
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
