@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from nets.scheduling import PAPER_SAMPLING, SCHEDULERS, make_scheduler
@@ -19,8 +20,17 @@ RECIPE = ("model", "steps", "guidance_scale", "seed", "scheduler", "dtype")
 RECIPE_IF_GIVEN = ("revision", "variant", "guidance_channels", "guidance_interval")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with the defaults of options that have one."""
+
+    def _get_help_string(self, action):
+        told = action.default in (None, False) or "default" in action.help
+        return action.help if told else super()._get_help_string(action)
+
+
 def exit_status(run, arguments, stopped="stopped") -> int:
     """Run a verb; returns 0, 2 for what can be mended, said in one line, or 130 if it was stopped."""
+    warnings.formatwarning = lambda message, *_: f"{message}\n"
     try:
         run(arguments)
         sys.stdout.flush()
@@ -101,6 +111,9 @@ def positive_number(text):
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not over 0")
     return value
+
+
+positive_number.__name__ = "number over 0"
 
 
 def fraction(text):

@@ -9,7 +9,6 @@
 checkpoints, the log, TensorBoard's events and sheets of samples. `--resume` goes on where a run was stopped.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import shlex
@@ -17,100 +16,18 @@ import sys
 from pathlib import Path
 
 if __package__:  # installed
-    from dit_verbs import command_line
+    from dit_verbs import command_line, training_options
 else:
     import command_line
+    import training_options
 
-# Width, depth and heads; DiT paper, table 1.
-MODELS = {"DiT-S": (384, 12, 6), "DiT-B": (768, 12, 12), "DiT-L": (1024, 24, 16), "DiT-XL": (1152, 28, 16)}
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-# The options that a run must not change when it is gone on with, but for those of nets.run_folder.ADJUSTABLE.
-SETTINGS = ("part", "model", "width", "depth", "heads", "patch", "init", "freeze_below", "size", "flip", "label_dropout",
-            "betas", "min_snr", "variance", "batch_size", "accumulate", "learning_rate", "warmup_steps", "decay",
-            "weight_decay", "beta2", "ema_decay", "clip", "mixed_precision", "seed")
-SHAPE = ("model", "width", "depth", "heads", "patch", "variance")  # of a new network: --init has its own
-OF_A_DIT = (*SHAPE, "vae", "latents", "flip", "init", "freeze_below", "betas", "min_snr", "label_dropout", "compile",
-            "gradient_checkpointing", "sample_every", "save_dtype")
+POOR = 0.05  # a VAE's mean squared error; good ones have 0.01 or so
 
 
 def main(argv=None) -> int:
     """Run the command line; returns the exit status, as `command_line.exit_status` has it."""
-    return command_line.exit_status(run, parse_arguments(argv))
-
-
-def parse_arguments(argv=None):
-    """The command line as a namespace; argparse ends the program with status 2 where a value is wrong."""
-    whole, positive, fraction = command_line.whole_number, command_line.positive_number, command_line.fraction
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=("dit", "vae"), default="dit", help="what to train (default dit)")
-    parser.add_argument("--data", required=True, metavar="DIR", help="a folder per class, or fashion-mnist")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, if there is one")
-    data = parser.add_argument_group("pictures")
-    data.add_argument("--size", type=whole(8, 4096), help="side in pixels (default: of --init, or of the first picture)")
-    data.add_argument("--flip", action="store_true", help="show half of the pictures mirrored")
-    data.add_argument("--strict", action="store_true", help="stop at a picture that cannot be read (default: leave it out)")
-    data.add_argument("--vae", help="folder or hub id of a VAE or of a pipeline (default: that of --init)")
-    data.add_argument("--latents", type=Path, metavar="DIR", help="where they are kept (default: OUTPUT/training/latents)")
-    net = parser.add_argument_group("network")
-    net.add_argument("--model", choices=[f"{name}/{patch}" for name in MODELS for patch in (2, 4, 8)], default="DiT-S/2")
-    net.add_argument("--width", type=whole(8, 8192), help="in place of --model's")
-    net.add_argument("--depth", type=whole(1, 256))
-    net.add_argument("--heads", type=whole(1, 256))
-    net.add_argument("--patch", type=whole(1, 64))
-    net.add_argument("--init", metavar="FOLDER|ID|.pt",
-                     help="trained weights to go on from; for other classes all but the label table is kept")
-    net.add_argument("--freeze-below", type=whole(0, 256), default=0, metavar="N",
-                     help="leave the patch embedding and the blocks before N as they are")
-    goal = parser.add_argument_group("objective")
-    goal.add_argument("--betas", choices=("linear", "cosine"), help="default: those of --init, or linear")
-    goal.add_argument("--variance", choices=("learned", "fixed"), default="learned")
-    goal.add_argument("--min-snr", type=positive, metavar="GAMMA",
-                      help="weigh the error by min(SNR, GAMMA) / SNR; 5 is usual")
-    goal.add_argument("--label-dropout", type=fraction, default=0.1,
-                      help="share of pictures shown without their class (default 0.1)")
-    loop = parser.add_argument_group("optimisation")
-    loop.add_argument("--steps", type=whole(1, 10**9), default=400_000)
-    loop.add_argument("--batch-size", type=whole(1, 2**20), default=256, help="of all processes together (default 256)")
-    loop.add_argument("--accumulate", type=whole(1, 4096), default=1, help="parts in which a batch is computed")
-    loop.add_argument("--learning-rate", type=positive, default=1e-4)
-    loop.add_argument("--warmup-steps", type=whole(0, 10**9), default=0)
-    loop.add_argument("--decay", choices=("constant", "cosine"), default="constant", help="cosine ends at 0")
-    loop.add_argument("--weight-decay", type=fraction, default=0.0)
-    loop.add_argument("--beta2", type=fraction, default=0.999)
-    loop.add_argument("--clip", type=positive, default=1.0, help="largest norm of the gradient")
-    loop.add_argument("--ema-decay", type=fraction, default=0.9999)
-    loop.add_argument("--seed", type=whole(0, 2**63 - 1), default=0)
-    speed = parser.add_argument_group("speed and memory")
-    speed.add_argument("--device", choices=("auto", "cpu"), default="auto")
-    speed.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
-    speed.add_argument("--compile", action="store_true")
-    speed.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
-    watch = parser.add_argument_group("what is written")
-    watch.add_argument("--save-every", type=whole(1, 10**9), default=5000, help="steps between checkpoints")
-    watch.add_argument("--keep", type=whole(1, 10**6), default=1, help="how many checkpoints stay")
-    watch.add_argument("--log-every", type=whole(1, 10**9), default=50)
-    watch.add_argument("--sample-every", type=whole(0, 10**9), default=0, help="steps between sheets (default: none)")
-    watch.add_argument("--save-dtype", choices=("float32", "float16"), default="float32", help="of the pipeline at the end")
-    arguments = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(OF_A_DIT)))  # None where it was not given
-    given = [option for option in OF_A_DIT if getattr(arguments, option) is not None]
-    for option in OF_A_DIT:
-        if option not in given:
-            setattr(arguments, option, parser.get_default(option))
-    if arguments.part == "vae" and given:
-        parser.error(f"--{given[0].replace('_', '-')} is of no use to a VAE; leave it out")
-    if arguments.init and set(given) & set(SHAPE):
-        parser.error(f"--init has its own {', '.join(sorted(set(given) & set(SHAPE)))}; leave it out")
-    if arguments.part == "dit" and not (arguments.vae or arguments.init):
-        parser.error("a DiT is trained on a VAE's latents: give --vae FOLDER_OR_ID, or --init with one in it")
-    name, _, patch = arguments.model.partition("/")
-    width, depth, heads = MODELS[name]
-    arguments.width, arguments.depth = arguments.width or width, arguments.depth or depth
-    arguments.heads = arguments.heads or (heads if arguments.width == width else max(1, arguments.width // 64))
-    arguments.patch = arguments.patch or int(patch)
-    if arguments.width % arguments.heads or arguments.width % 4:
-        parser.error(f"--width {arguments.width} cannot be split into --heads {arguments.heads}, or is no multiple of 4")
-    return arguments
+    return command_line.exit_status(run, training_options.parse_arguments(argv, __doc__))
 
 
 def run(arguments):
@@ -124,7 +41,7 @@ def run(arguments):
     from accelerate import Accelerator
 
     from nets.picture_sets import open_pictures
-    from nets.run_folder import require_resumable
+    from nets.run_folder import last_checkpoint, require_resumable
     from nets.sampling import held
     from nets.training import require_parts
 
@@ -139,7 +56,8 @@ def run(arguments):
         raise OSError(f"there is no folder {data}{hint}")
     pictures = open_pictures(data, "train")
     if pictures.labels is None:
-        raise ValueError(f"{data} has no classes; put its pictures into a folder per class")
+        raise ValueError(f"{data} has no classes; put its pictures into a folder per class"
+                         f"{''.join(f' ({remark})' for remark in pictures.remarks)}")
     accelerator = Accelerator(cpu=arguments.device == "cpu", mixed_precision=arguments.mixed_precision,
                               log_with="tensorboard", project_dir=training)
     command_line.require_processes(accelerator.num_processes)
@@ -148,7 +66,10 @@ def run(arguments):
     torch.manual_seed(arguments.seed)
     try:
         with held(training) if accelerator.is_main_process else contextlib.nullcontext():
-            accelerator.init_trackers("tensorboard")
+            for remark in pictures.remarks:
+                accelerator.print(f"left out: {remark}")
+            if arguments.resume and last_checkpoint(training) is None:
+                accelerator.print(f"there is no checkpoint in {training}: starting at the first step")
             {"dit": train_dit, "vae": train_vae}[arguments.part](arguments, accelerator, pictures, training)
             accelerator.end_training()
     except torch.OutOfMemoryError as error:
@@ -165,12 +86,20 @@ def train_dit(arguments, accelerator, pictures, training):
     from nets.loading import fingerprint
     from nets.model_card import put_in_place, write_card, write_sheet
     from nets.objectives import attention_kernel, denoise
+    from nets.run_folder import require_same_run
     from nets.scheduling import published_scheduler
     from nets.training import fit
 
     initial, vae, names, schedule = load_networks(arguments)
-    latents = make_latents(arguments, accelerator, pictures, initial, vae, training)
+    side = side_of_pictures(arguments, pictures, initial, vae)
+    options = loop_options(arguments, pictures=pictures.mark[:12], vae=fingerprint(vae)[:12], side=side,
+                           scaling_factor=vae.config.scaling_factor)
+    require_same_run(training, options["settings"], arguments.steps)
+    latents = make_latents(arguments, accelerator, pictures, side, vae, training)
     transformer = make_transformer(arguments, initial, names, latents, accelerator)
+    count = sum(parameter.numel() for parameter in transformer.parameters())
+    introduce(arguments, accelerator, len(latents.labels), len(latents.class_names), side, count)
+    say_what_the_vae_does(vae.to(accelerator.device), pictures, side, accelerator)
     betas = {"linear": linear_betas, "squaredcos_cap_v2": cosine_betas}[schedule]()
     objective = denoise(latents, GaussianDiffusion(betas, accelerator.device), vae.config.scaling_factor,
                         arguments.batch_size, arguments.seed, arguments.label_dropout, arguments.min_snr)
@@ -179,23 +108,47 @@ def train_dit(arguments, accelerator, pictures, training):
         return DiTPipeline(network, vae, published_scheduler(schedule), id2label=latents.class_names)
 
     def sample(step, network):
-        sheet = write_sheet(make_pipeline(network).to(accelerator.device), training / "samples" / f"{step:08d}.png")
+        path = training / "samples" / f"{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        sheet = write_sheet(make_pipeline(network).to(accelerator.device), path)
         accelerator.get_tracker("tensorboard", unwrap=True).add_image("samples", sheet, step, dataformats="HWC")
 
     kernel = attention_kernel(latents, accelerator.device)
     with progress(arguments, accelerator, training) as report, kernel:
-        average = fit(transformer, *objective, accelerator, training, report=report, sample=sample,
-                      **loop_options(arguments, pictures=pictures.mark[:12], vae=fingerprint(vae)[:12]))
+        average = fit(transformer, *objective, accelerator, training, report=report, sample=sample, **options)
     if accelerator.is_main_process:
+        write_sheet(make_pipeline(average).to(accelerator.device), arguments.output / "samples.png")
         for part in (average, vae) if arguments.save_dtype == "float16" else ():
             torch.nn.Module.half(part)  # diffusers' own `half` warns of modules to keep in float32, of which there are none
         put_in_place(make_pipeline(average), arguments.output, training, last="model_index.json")
-        millions = sum(parameter.numel() for parameter in average.parameters()) / 1e6
-        write_card(arguments.output, {
-            "data": f"{len(latents.labels)} pictures of {len(latents.class_names)} classes from {arguments.data}",
-            "network": f"{millions:.1f} million parameters, latents of {latents.shape}",
-            "command": f"`python train.py {shlex.join(sys.argv[1:])}`"})
         print(f"{arguments.output}: pipeline folder; python predict.py --model {arguments.output}")
+        write_card(arguments.output, {
+            "data": f"{len(latents.labels)} pictures from {arguments.data}, cut and scaled to {side}x{side}",
+            "classes": "; ".join(latents.class_names.values()),
+            "network": f"{count:,} parameters, latents of {latents.shape}"
+                       f"{f', gone on from {arguments.init}' if arguments.init else ''}",
+            "VAE": arguments.vae or f"that of {arguments.init}",
+            "batch, seed": f"{arguments.batch_size}, {arguments.seed}",
+            "command": f"`python train.py {shlex.join(sys.argv[1:])}`"})
+
+
+def introduce(arguments, accelerator, pictures, classes, side, parameters):
+    """Say in a line what is trained on what."""
+    accelerator.print(f"{pictures} pictures of {classes} classes, {side}x{side} · {parameters:,} parameters · "
+                      f"{accelerator.num_processes} x {accelerator.device.type} · batch {arguments.batch_size} · "
+                      f"{arguments.steps} steps", flush=True)
+
+
+def say_what_the_vae_does(vae, pictures, side, accelerator):
+    """Say what of the pictures the VAE loses, which no training of the DiT brings back."""
+    from nets.autoencoding import reconstruct_some
+
+    images, decoded = reconstruct_some(vae, pictures, side)
+    error = (decoded - images).square().mean().item()
+    accelerator.print(f"the VAE gives these pictures back with a mean squared error of {error:.4f} on [-1, 1]")
+    if error > POOR:
+        accelerator.print("that is much, and samples will look no better; choose another --vae, or train one on these "
+                          "pictures with train.py vae", file=sys.stderr)
 
 
 def load_networks(arguments):
@@ -230,19 +183,25 @@ def load_networks(arguments):
     return transformer, vae.eval().requires_grad_(False), names, schedule
 
 
-def make_latents(arguments, accelerator, pictures, initial, vae, training):
-    """The latents of all pictures, from their folder or encoded now, each process its share."""
-    from tqdm import tqdm
-
-    from nets.latents import encode_shard, load_latents, missing_shards, open_latents_folder
-
-    folder, factor = arguments.latents or training / "latents", 2 ** (len(vae.config.block_out_channels) - 1)
+def side_of_pictures(arguments, pictures, initial, vae):
+    """The side in pixels that pictures get. Raises ValueError, in one line, for one that cannot be cut into patches."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
     step = factor * (initial.config.patch_size if initial else arguments.patch)
     side = arguments.size or (initial.config.sample_size * factor if initial else
                               min(256, pictures.smallest_side()) // step * step)
     if side % step or not side:
         raise ValueError(f"--size {side} is no multiple of {step}: this VAE shrinks pictures by {factor}, and the network "
                          f"cuts that into patches of {step // factor}")
+    return side
+
+
+def make_latents(arguments, accelerator, pictures, side, vae, training):
+    """The latents of all pictures, from their folder or encoded now, each process its share."""
+    from tqdm import tqdm
+
+    from nets.latents import encode_shard, load_latents, missing_shards, open_latents_folder
+
+    folder = arguments.latents or training / "latents"
     if accelerator.is_main_process:
         open_latents_folder(folder, pictures, vae, (side, side), arguments.flip)
     accelerator.wait_for_everyone()
@@ -295,8 +254,15 @@ def train_vae(arguments, accelerator, pictures, training):
     """A small VAE: 4 latent channels at a quarter of the side."""
     from tqdm import tqdm
 
-    from nets.autoencoding import FACTOR, Autoencode, measure_scaling_factor, reconstruct, small_vae
-    from nets.model_card import put_in_place
+    from nets.autoencoding import (
+        FACTOR,
+        Autoencode,
+        measure_scaling_factor,
+        reconstruct,
+        reconstruct_some,
+        small_vae,
+    )
+    from nets.model_card import put_in_place, write_reconstructions
     from nets.training import fit
 
     side = arguments.size or min(256, pictures.smallest_side()) // FACTOR * FACTOR
@@ -304,14 +270,18 @@ def train_vae(arguments, accelerator, pictures, training):
     with tqdm(desc="reading", total=pictures.count, unit="picture", disable=not accelerator.is_main_process) as bar:
         readable, errors = pictures.readable(arguments.strict, done=bar.update)
     report_skipped(errors, accelerator)
+    parameters = sum(parameter.numel() for parameter in vae.parameters())
+    introduce(arguments, accelerator, readable.count, len(pictures.class_names), side, parameters)
     objective = reconstruct(readable, side, arguments.batch_size, arguments.seed)
     with progress(arguments, accelerator, training) as report:
         vae = fit(Autoencode(vae), *objective, accelerator, training, report=report,
-                  **loop_options(arguments, pictures=pictures.mark[:12])).vae
+                  **loop_options(arguments, pictures=pictures.mark[:12], side=side)).vae
     if accelerator.is_main_process:
         vae.register_to_config(scaling_factor=measure_scaling_factor(vae, readable, side))
         put_in_place(vae, arguments.output, training, last="config.json")
-        print(f"{arguments.output}: VAE, scaling factor {vae.config.scaling_factor}")
+        write_reconstructions(*reconstruct_some(vae, readable, side, 8), arguments.output / "reconstructions.png")
+        print(f"{arguments.output}: VAE, scaling factor {vae.config.scaling_factor}; reconstructions.png shows pictures "
+              "and below them what it makes of them")
 
 
 def loop_options(arguments, **more_settings):
@@ -321,7 +291,7 @@ def loop_options(arguments, **more_settings):
     cosine = arguments.steps if arguments.decay == "cosine" else None
     names = ("steps", "weight_decay", "beta2", "clip", "accumulate", "ema_decay", "save_every", "keep", "log_every",
              "sample_every", "resume")
-    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    settings = {name: getattr(arguments, name) for name in training_options.SETTINGS}
     return {**{name: getattr(arguments, name) for name in names},
             "settings": {**settings, "cosine_steps": cosine, **more_settings},
             "learning_rate": lambda step: learning_rate_at(step, arguments.learning_rate, arguments.warmup_steps, cosine)}
@@ -336,7 +306,10 @@ def progress(arguments, accelerator, training):
 
     found = last_checkpoint(training)
     first = int(found.name.rpartition("-")[2]) if found else 0
+
     def report(record):
+        if not accelerator.trackers:  # only now, so that a run that is refused leaves no file
+            accelerator.init_trackers("tensorboard")
         rate = arguments.batch_size / record["seconds_per_step"]
         bar.update(record["step"] - bar.n)
         bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} pictures/s")

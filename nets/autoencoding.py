@@ -3,6 +3,7 @@
 Source: Rombach et al. 2022 (arXiv 2112.10752), section 3.1 and appendix G, without the adversarial and perceptual losses.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -44,7 +45,7 @@ def reconstruct(pictures: PictureSet, side: int, batch_size: int, seed: int = 0)
     def make_batch(step):
         indices = indices_of_step(pictures.count, batch_size, seed, step)
         noise = torch.randn(batch_size, 4, side // FACTOR, side // FACTOR, generator=picture_generator(seed, step, 1))
-        return {"images": pictures.pixels(indices, (side, side)).float().div(127.5).sub(1), "noise": noise}
+        return {"images": in_model_range(pictures, indices, side), "noise": noise}
 
     def loss_of_batch(model, batch):
         images, divergence = model(batch["images"], batch["noise"])
@@ -56,8 +57,29 @@ def reconstruct(pictures: PictureSet, side: int, batch_size: int, seed: int = 0)
 
 @torch.inference_mode()
 def measure_scaling_factor(vae: AutoencoderKL, pictures: PictureSet, side: int, count: int = 1000) -> float:
-    """1 over the standard deviation of the latents of `count` pictures from all over the set. Source: section 4.3.2."""
+    """1 over the standard deviation of the latents of `count` pictures from all over the set. Source: section 4.3.2.
+
+    Of all samples that their posteriors could give, so that nothing is drawn.
+    """
     indices = range(0, pictures.count, -(-pictures.count // count))
-    latents = [vae.encode(pictures.pixels(indices[start:start + 50], (side, side)).to(vae.device).float() / 127.5 - 1)
-               .latent_dist.sample() for start in range(0, len(indices), 50)]
-    return round(1 / torch.cat(latents).std().item(), 5)
+    posteriors = [vae.encode(in_model_range(pictures, indices[start:start + 50], side).to(vae.device)).latent_dist
+                  for start in range(0, len(indices), 50)]
+    means, variances = (torch.cat([getattr(posterior, name) for posterior in posteriors]) for name in ("mean", "var"))
+    return round((means.var() + variances.mean()).rsqrt().item(), 5)
+
+
+@torch.inference_mode()
+def reconstruct_some(vae: AutoencoderKL, pictures: PictureSet, side: int,
+                     count: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures from all over the set, and what the VAE makes of them; (n, 3, side, side) in [-1, 1] each."""
+    shown = []
+    for index in range(0, pictures.count, -(-pictures.count // count)):
+        with contextlib.suppress(OSError):
+            shown.append(in_model_range(pictures, [index], side))
+    images = torch.cat(shown).to(vae.device)
+    return images, vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
+
+
+def in_model_range(pictures: PictureSet, indices, side: int) -> torch.Tensor:
+    """Pictures of these numbers as (n, 3, side, side) float32 in [-1, 1]."""
+    return pictures.pixels(indices, (side, side)).float() / 127.5 - 1

@@ -38,6 +38,7 @@ class PictureSet:
     mark: str
     labels: torch.Tensor | None = None  # (count,) int64
     class_names: dict[int, str] | None = None
+    remarks: tuple[str, ...] = ()  # what is odd about it, a line each
 
     def pixels(self, indices, size: tuple[int, int]) -> torch.Tensor:
         """The pictures of these numbers, (len(indices), 3, height, width) uint8; `size` is (width, height), see `fit`."""
@@ -108,11 +109,16 @@ def open_folder_of_pictures(folder: Path) -> PictureSet:
     if not files:
         raise ValueError(f"{folder} has no pictures ({', '.join(SUFFIXES)})")
     classes = sorted({path.parent for path in files})
-    per_class = all(path.parent == folder for path in classes)
+    strays = [path for path in files if path.parent.parent != folder]
+    per_class = not strays
     number_of = {path: number for number, path in enumerate(classes)}
     labels = torch.tensor([number_of[path.parent] for path in files]) if per_class else None
     names = {label: path.name for label, path in enumerate(classes)} if per_class else None
-    return PictureSet(str(folder), len(files), lambda index: load_picture(files[index]), mark_of(files), labels, names)
+    empty = sorted({path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")} - {*classes})
+    remarks = [f"{path} has no pictures ({', '.join(SUFFIXES)})" for path in empty] if per_class else [
+        f"{strays[0]} is not in a folder of a class, right below {folder}"]
+    return PictureSet(str(folder), len(files), lambda index: load_picture(files[index]), mark_of(files), labels, names,
+                      tuple(remarks))
 
 
 def is_hidden(path: Path) -> bool:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import warnings
 from pathlib import Path
 
 import torch
@@ -35,6 +34,26 @@ def require_resumable(folder: Path, resume: bool):
         raise ValueError(f"{found} is there: go on from it with --resume, or choose another --output")
 
 
+def require_same_run(folder: Path, settings: dict, steps: int) -> dict[str, str]:
+    """What is not as it was when the run in `folder` was left, of that which may change: name -> before and now.
+
+    Raises ValueError, in one line, for what may not, and where the run is past `steps` already.
+    """
+    path = last_checkpoint(folder)
+    if path is None:
+        return {}
+    state = json.loads((path / STATE).read_text())
+    before = state["settings"]
+    changes = {key: f"{key} {before.get(key)!r} there and {settings.get(key)!r} now"
+               for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)}
+    other = [change for key, change in changes.items() if key not in ADJUSTABLE]
+    if other:
+        raise ValueError(f"{path} is of another run: {', '.join(other)}; choose another --output")
+    if state["step"] > steps:
+        raise ValueError(f"{path} is past --steps {steps}")
+    return changes
+
+
 def save_checkpoint(folder: Path, state: dict, model, average, optimizer, keep: int):
     """Write `checkpoint-STEP`, which appears whole or not at all, and remove all but the last `keep`."""
     path = folder / f"checkpoint-{state['step']:08d}"
@@ -53,25 +72,18 @@ def save_checkpoint(folder: Path, state: dict, model, average, optimizer, keep: 
         shutil.rmtree(old)
 
 
-def load_checkpoint(path: Path, model, average, optimizer, settings: dict) -> dict:
-    """Put a checkpoint into model, average and optimiser; returns its state, with these settings.
+def load_checkpoint(path: Path, model, average, optimizer) -> dict:
+    """Put a checkpoint into model, average and optimiser; returns its state.
 
-    Warns of settings that were changed and may be. Raises ValueError, in one line, for those that may not, and for a
-    damaged checkpoint.
+    Raises ValueError, in one line, for a damaged one.
     """
-    state = json.loads((path / STATE).read_text())
-    before = state["settings"]
-    changes = {key: f"{key} {before.get(key)!r} there and {settings.get(key)!r} now"
-               for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)}
-    other = [change for key, change in changes.items() if key not in ADJUSTABLE]
-    if other:
-        raise ValueError(f"{path} is of another run: {', '.join(other)}; choose another --output")
-    if changes:
-        warnings.warn(f"going on from {path.name} with {', '.join(changes.values())}", stacklevel=2)
     try:
+        state = json.loads((path / STATE).read_text())
         tensors = {name: load_file(path / f"{name}.safetensors") for name in ("model", "average", "optimizer")}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, and the run goes on from the one before") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        older = checkpoints(path.parent)[:-1]
+        raise ValueError(f"{path} is damaged ({error}); remove it, and the run goes on from "
+                         f"{older[-1].name if older else 'its beginning, since there is no other'}") from error
     with torch.no_grad():
         for name, network in (("model", model), ("average", average)):
             for key, parameter in network.named_parameters():
@@ -81,7 +93,7 @@ def load_checkpoint(path: Path, model, average, optimizer, settings: dict) -> di
         number, _, name = key.partition(".")
         entries.setdefault(int(number), {})[name] = tensor
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
-    return {**state, "settings": settings}
+    return state
 
 
 def write_log(folder: Path, record: dict):

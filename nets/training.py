@@ -9,6 +9,7 @@ import copy
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -17,7 +18,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from nets.run_folder import cut_log, last_checkpoint, load_checkpoint, require_resumable, save_checkpoint, write_log
+from nets.run_folder import (
+    cut_log,
+    last_checkpoint,
+    load_checkpoint,
+    require_resumable,
+    require_same_run,
+    save_checkpoint,
+    write_log,
+)
 from nets.sampling import picture_generator
 
 EXPLODED = 10  # times the first loss that was read
@@ -75,18 +84,23 @@ def fit(model: torch.nn.Module, make_batch: Callable[[int], dict[str, torch.Tens
     SIGTERM.
     """
     require_resumable(folder, resume)
+    changes = require_same_run(folder, settings, steps)
     require_parts(len(next(iter(make_batch(0).values()))), accelerator.num_processes, accumulate)
     average = copy.deepcopy(model).float().eval().requires_grad_(False).to(accelerator.device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate(0), betas=(0.9, beta2), weight_decay=weight_decay, fused=True)
     bare = model
     model, optimizer = accelerator.prepare(model, optimizer)
-    state = {"step": 0, "first_loss": None, "scaler": None, "settings": settings}
+    state = {"step": 0, "first_loss": None, "scaler": None, "changes": []}
     found = last_checkpoint(folder)
     if found is not None:
-        state = load_checkpoint(found, bare, average, optimizer, settings)
+        state = load_checkpoint(found, bare, average, optimizer)
         if state["scaler"]:  # fp16's factor of the loss
             accelerator.scaler.load_state_dict(state["scaler"])
+    if changes:
+        state["changes"].append(f"from step {state['step']} on: {', '.join(changes.values())}")
+        warnings.warn(state["changes"][-1], stacklevel=2)
+    state["settings"] = settings
     require_same_step(state["step"], folder, accelerator)
     if accelerator.is_main_process:
         cut_log(folder, state["step"])
@@ -118,7 +132,7 @@ def fit(model: torch.nn.Module, make_batch: Callable[[int], dict[str, torch.Tens
             done = step + 1
             stopping = asked_to_stop(stopped, done, accelerator)
             save = stopping or done % save_every == 0 or done == steps
-            if save or done % log_every == 0:
+            if save or done == 1 or done % log_every == 0:
                 counted, seconds = accelerator.reduce(tally).tolist(), time.perf_counter() - started
                 record = {"step": done, **summary(counted, done - since, accelerator.num_processes),
                           "learning_rate": learning_rate(step), "seconds_per_step": seconds / (done - since)}
@@ -182,9 +196,10 @@ def require_health(record: dict, first_loss: float, may_overflow: bool, folder: 
             "gradient_norm": not (may_overflow or math.isfinite(record["gradient_norm"]))}
     for name, is_lost in lost.items():
         if is_lost:
-            raise ValueError(f"the {name.replace('_', ' ')} became {record[name]:g} by step {record['step']}; the last "
-                             f"good checkpoint is {last_checkpoint(folder) or 'none'}: go on from it with --resume and a "
-                             "lower --learning-rate")
+            found = last_checkpoint(folder)
+            way_on = (f"the last good checkpoint is {found}: go on from it with --resume and a lower --learning-rate"
+                      if found else "there is no checkpoint yet: start again with a lower --learning-rate")
+            raise ValueError(f"the {name.replace('_', ' ')} became {record[name]:g} by step {record['step']}; {way_on}")
 
 
 def asked_to_stop(stopped: list[int], done: int, accelerator: Accelerator) -> bool:

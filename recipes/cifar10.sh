@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # A DiT of 10 million parameters on the 50,000 training photographs of CIFAR-10, with a VAE of its own. For one GPU.
 #
-#     bash recipes/cifar10.sh DATA OUTPUT [OPTIONS of train.py, for both networks]
+#     bash recipes/cifar10.sh DATA OUTPUT [OPTIONS of train.py that both networks take]
 #
 # DATA has a folder per class; OUTPUT/dit becomes the pipeline folder. The same command goes on where it was stopped.
 # Not run to its end yet: 100 steps of each on a CPU (--steps 100 --device cpu --mixed-precision no) work.
 set -euo pipefail
-data=$(realpath "$1") output=$(realpath -m "$2")
+data=$(realpath -e "${1:?DATA, a folder per class}")
+output=$(realpath -m "${2:?OUTPUT}")
 shift 2
 cd "$(dirname "$0")/.."
 

@@ -6,7 +6,8 @@
 # DATA is the folder of the four Fashion-MNIST files (default: where Debian's dataset-fashion-mnist puts them); OUTPUT/dit
 # becomes the pipeline folder. The same command goes on where it was stopped.
 set -euo pipefail
-data=$(realpath "${1:-/usr/share/datasets/fashion-mnist}") output=$(realpath -m "${2:-runs/fashion-mnist}")
+data=$(realpath -e "${1:-/usr/share/datasets/fashion-mnist}")
+output=$(realpath -m "${2:-runs/fashion-mnist}")
 cd "$(dirname "$0")/.."
 
 if [ ! -e "$output/vae/config.json" ]; then

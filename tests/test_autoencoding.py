@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nets.autoencoding import Autoencode, measure_scaling_factor, reconstruct, small_vae
+from nets.autoencoding import Autoencode, measure_scaling_factor, reconstruct, reconstruct_some, small_vae
 from nets.picture_sets import open_folder_of_pictures
 from nets.sampling import picture_generator
 from nets.training import indices_of_step
@@ -45,9 +45,19 @@ def test_the_scaling_factor_makes_the_latents_of_the_whole_set_of_variance_one(p
     vae = small_vae(16).eval()
     images = pictures.pixels(range(40), (16, 16)) / 127.5 - 1
     with torch.no_grad():
-        deviation = vae.encode(images).latent_dist.sample().std().item()
-    assert measure_scaling_factor(vae, pictures, 16) == pytest.approx(1 / deviation, rel=0.02)
+        posterior = vae.encode(images).latent_dist
+        deviation = torch.stack([posterior.sample() for _ in range(200)]).std().item()
+    assert measure_scaling_factor(vae, pictures, 16) == pytest.approx(1 / deviation, rel=0.005)
     assert measure_scaling_factor(vae, pictures, 16, count=10) == pytest.approx(1 / deviation, rel=0.1)
+
+
+def test_what_the_vae_makes_of_pictures_from_all_over_the_set(pictures, tmp_path):
+    vae = small_vae(16).eval()
+    (tmp_path / "bright/24.png").write_bytes(b"broken")
+    images, decoded = reconstruct_some(vae, pictures, 16, count=10)
+    assert torch.equal(images, pictures.pixels([0, 4, 8, 12, 16, 20, 28, 32, 36], (16, 16)) / 127.5 - 1)
+    with torch.no_grad():
+        torch.testing.assert_close(decoded, vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1))
 
 
 def test_a_side_that_it_cannot_shrink_is_refused():

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 import train
+import training_options
 from nets import DiTPipeline, Transformer2DModel
 from nets.checkpoint import to_original
 
@@ -87,14 +88,15 @@ def test_it_ends_in_a_folder_that_both_libraries_load_with_the_same_pictures(tra
 
 
 def test_what_it_leaves_beside_the_pipeline(trained):
-    assert {path.name for path in trained.iterdir()} == {"README.md", "curve.png", "model_index.json", "scheduler",
-                                                         "training", "transformer", "vae"}
+    assert {path.name for path in trained.iterdir()} == {"README.md", "curve.png", "model_index.json",
+                                                         "samples.png", "scheduler", "training", "transformer", "vae"}
     assert sorted(path.name for path in (trained / "training/samples").iterdir()) == ["00000015.png", "00000030.png"]
     assert Image.open(trained / "training/samples/00000030.png").width == 5 * 100
     assert next((trained / "training").rglob("events.out.tfevents*")).stat().st_size > 1000
     card = (trained / "README.md").read_text()
-    assert "100 pictures of 5 classes" in card and "for 30 steps" in card and "![loss](curve.png)" in card
-    assert len(losses(trained)) == 6 and losses(trained)[-1] < losses(trained)[0]
+    assert "100 pictures from" in card and "classes: kind 0; kind 1; kind 2; kind 3; kind 4" in card
+    assert "for 30 steps" in card and "![loss](curve.png)" in card and "![samples](samples.png)" in card
+    assert len(losses(trained)) == 7 and losses(trained)[-1] < losses(trained)[0]
     assert str(ROOT) not in (trained / "vae/config.json").read_text()
 
 
@@ -146,7 +148,7 @@ def test_two_processes_see_what_one_sees_and_one_can_go_on_with_it(data, trained
                     launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"))
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text
-    assert losses(tmp_path / "two") == pytest.approx(losses(trained)[:4], rel=1e-5)
+    assert losses(tmp_path / "two") == pytest.approx(losses(trained)[:5], rel=1e-5)
     assert run(data, tmp_path / "two", "--steps", 30, "--latents", tmp_path / "latents", "--resume") == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(trained), rel=1e-5)
 
@@ -239,7 +241,7 @@ def test_flips_and_a_broken_picture(data, tmp_path, capsys):
     (tmp_path / "data/one/0.png").write_bytes(b"broken")
     assert run(tmp_path / "data", tmp_path / "out", "--steps", 2, "--flip") == 0
     assert "left out: cannot read the picture" in capsys.readouterr().err
-    assert "5 pictures of 1 classes" in (tmp_path / "out/README.md").read_text()
+    assert "5 pictures from" in (tmp_path / "out/README.md").read_text()
     assert load_file(tmp_path / "out/training/latents/00000.safetensors")["mean"].shape == (5, 2, 4, 8, 8)
     assert run(tmp_path / "data", tmp_path / "strict", "--steps", 2, "--strict") == 2
     assert "0.png" in capsys.readouterr().err.splitlines()[-1]
@@ -257,6 +259,7 @@ def test_a_vae_of_ones_own(fashion_mnist, tmp_path):
     assert train.main(["vae", "--data", str(fashion_mnist), "--output", str(tmp_path / "vae"), "--steps", "20", "--device",
                        "cpu", "--batch-size", "10", "--learning-rate", "2e-3", "--log-every", "5"]) == 0
     assert losses(tmp_path / "vae")[-1] < losses(tmp_path / "vae")[0]
+    assert Image.open(tmp_path / "vae/reconstructions.png").width == 8 * 100
     vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
     assert vae.config.scaling_factor != diffusers.AutoencoderKL().config.scaling_factor
     tiny = ["--width", 32, "--depth", 1, "--heads", 2, "--device", "cpu", "--batch-size", 10, "--vae", tmp_path / "vae"]
@@ -266,7 +269,8 @@ def test_a_vae_of_ones_own(fashion_mnist, tmp_path):
 
 @pytest.mark.parametrize("options, named", [
     (["--data", "nowhere"], "there is no folder nowhere"), (["--data", "fashion-mnist"], "dataset-fashion-mnist"),
-    (["--data", "flat"], "put its pictures into a folder per class"), (["--vae", "nowhere/at-all"], "nowhere/at-all"),
+    (["--data", "flat"], "put its pictures into a folder per class (flat/1.png is not in a folder of a class"),
+    (["--vae", "nowhere/at-all"], "nowhere/at-all"),
     (["--size", "30"], "--size 30 is no multiple of 8"),
     (["--patch", "3", "--size", "32"], "patches of 3"),
     (["--freeze-below", "7"], "blocks below 7"), (["--batch-size", "21", "--accumulate", "2"], "21 pictures"),
@@ -287,6 +291,8 @@ def test_a_finished_folder_is_not_trained_over_and_other_settings_are_refused(da
     assert "go on from it with --resume, or choose another --output" in capsys.readouterr().err
     assert run(data, trained, "--steps", 30, "--latents", latents, "--resume", "--beta2", "0.9") == 2
     assert "beta2 0.999 there and 0.9 now" in capsys.readouterr().err
+    assert run(data, trained, "--steps", 20, "--latents", latents, "--resume") == 2
+    assert "checkpoint-00000030 is past --steps 20" in capsys.readouterr().err
 
 
 def test_a_run_is_not_gone_on_with_on_other_pictures(data, trained, tmp_path, capsys):
@@ -294,6 +300,25 @@ def test_a_run_is_not_gone_on_with_on_other_pictures(data, trained, tmp_path, ca
     (tmp_path / "data/kind 3/7.png").unlink()
     assert run(tmp_path / "data", trained, "--steps", 30, "--latents", tmp_path / "latents", "--resume") == 2
     assert "is of another run: pictures" in capsys.readouterr().err
+
+
+def test_it_says_what_it_trains_on_what_it_leaves_out_and_what_the_vae_loses(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "POOR", 1e-3)
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data/empty").mkdir()
+    assert run(tmp_path / "data", tmp_path / "out", "--steps", 1, "--resume") == 0
+    out, error = capsys.readouterr()
+    assert f"there is no checkpoint in {tmp_path / 'out/training'}: starting at the first step" in out
+    assert f"left out: {tmp_path / 'data/empty'} has no pictures (.png" in out
+    assert "100 pictures of 5 classes, 32x32 · " in out and "parameters · 1 x cpu · batch 20 · 1 steps" in out
+    assert "the VAE gives these pictures back with a mean squared error of 0." in out
+    assert "that is much, and samples will look no better" in error
+
+
+def test_a_run_that_is_refused_leaves_no_file(data, latents, trained, tmp_path):
+    assert run(data, tmp_path / "out", "--vae", "nowhere") == 2
+    assert run(data, trained, "--steps", 30, "--latents", latents, "--resume", "--seed", 7) == 2
+    assert not list((tmp_path / "out").rglob("*event*")) and len(list(trained.rglob("*event*"))) == 1
 
 
 def test_a_folder_of_something_else_is_left_alone(data, tmp_path, capsys):
@@ -311,7 +336,7 @@ def test_what_cannot_be_meant_is_said_by_the_parser(capsys):
             (["--clip", "0"], "0 is not over 0"), (["--label-dropout", "7"], "7 is not in 0..1"),
             (["--min-snr", "-5"], "-5 is not over 0"), (["--ema-decay", "2"], "2 is not in 0..1")):
         with pytest.raises(SystemExit) as stop:
-            train.parse_arguments(["--data", "x", "--output", "y", *options])
+            training_options.parse_arguments([*options, "--data", "x", "--output", "y"])
         assert stop.value.code == 2 and named in capsys.readouterr().err
 
 
