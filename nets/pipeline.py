@@ -33,6 +33,7 @@ from nets.transformer_2d import Transformer2DModel
 
 VAE = AutoencoderKL | AutoencoderTiny | AsymmetricAutoencoderKL | AutoencoderDC | ConsistencyDecoderVAE | VQModel
 CONDITIONING_BYTES = 256 * 2**20  # how much of the steps' conditioning is computed at a time
+DECODED_PIXELS = 8 * 256**2  # how much is decoded at a time
 
 
 class DiTPipeline(DiffusionPipeline):
@@ -70,7 +71,12 @@ class DiTPipeline(DiffusionPipeline):
         super().save_config(save_directory, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As diffusers' `save_pretrained`; class names are kept, and the scheduler's defaults are not pinned."""
+        """As diffusers' `save_pretrained`; class names are kept, and the scheduler's defaults are not pinned.
+
+        Raises ValueError for a transformer that was quantised.
+        """
+        if getattr(self.transformer, "quantized", False):
+            raise ValueError("int8 weights are not saved; load the pipeline anew and save that")
         super().save_pretrained(save_directory, **kwargs)
         leave_out_defaults(self.scheduler, Path(save_directory) / "scheduler")
 
@@ -127,6 +133,7 @@ class DiTPipeline(DiffusionPipeline):
         timesteps = set_timesteps(self.scheduler, num_inference_steps, timesteps, sigmas)
         guided = guided_steps(timesteps, self.scheduler.alphas_cumprod, guidance_scale, guidance_interval)
         arguments = step_arguments(self.scheduler, len(class_ids), generator, eta)
+        with_variance = learns_variance(self.scheduler)
 
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.transformer.dtype)
@@ -138,17 +145,9 @@ class DiTPipeline(DiffusionPipeline):
             if step == 0 or is_guided != guided[step - 1]:
                 self.reset_cache()  # what a cache knows of a guided step says nothing of an unguided one
             latent_input = self.scheduler.scale_model_input(latents, timestep)  # (batch, channels, height, width)
-            latent_input = latent_input.to(self.transformer.dtype)
-            if is_guided:
-                latent_input = torch.cat([latent_input, latent_input])  # (2 * batch, channels, height, width)
             with self.cache_context("guided" if is_guided else "conditional"):
-                output = self.transformer(latent_input, **conditioning).sample  # noise, and perhaps variance
-            prediction, variance = split_variance(output, latents.shape[1])
-            if is_guided:
-                prediction = guide(*prediction.chunk(2), guidance_scale, guidance_channels)
-                variance, _ = variance.chunk(2)
-            if learns_variance(self.scheduler):
-                prediction = torch.cat([prediction, variance], dim=1)  # (batch, 2 * channels, height, width)
+                prediction = self.predict(latent_input.to(self.transformer.dtype), guidance_scale if is_guided else None,
+                                          guidance_channels, with_variance, **conditioning)
             latents = self.scheduler.step(prediction, timestep, latents, **arguments).prev_sample
             if callback_on_step_end is not None:
                 changes = callback_on_step_end(self, step, timestep, dict.fromkeys(tensor_inputs, latents))
@@ -161,6 +160,21 @@ class DiTPipeline(DiffusionPipeline):
             images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def predict(self, latents: torch.Tensor, guidance_scale: float | None, guidance_channels: int | None,
+                with_variance: bool, **conditioning) -> torch.Tensor:
+        """One step's noise, guided unless `guidance_scale` is None: (batch, channels, height, width), and where
+        `with_variance` the learned variance behind it, (batch, 2 * channels, height, width).
+
+        `conditioning` is what the network is told, of the latents and, with guidance, of as many of no class behind them.
+        """
+        latent_input = latents if guidance_scale is None else torch.cat([latents, latents])  # (batch or 2 * batch, ...)
+        output = self.transformer(latent_input, **conditioning).sample  # noise, and perhaps variance
+        prediction, variance = split_variance(output, latents.shape[1])
+        if guidance_scale is not None:
+            prediction = guide(*prediction.chunk(2), guidance_scale, guidance_channels)
+            variance, _ = variance.chunk(2)
+        return torch.cat([prediction, variance], dim=1) if with_variance else prediction
 
     @property
     def vae_scale_factor(self) -> int:
@@ -259,7 +273,7 @@ class DiTPipeline(DiffusionPipeline):
         for part in timesteps.float().split(chunk):
             at = tower.weight.device  # offloaded weights may wait on the CPU, and come to the device with the first step
             at = device if at.type == "meta" else at
-            part, distinct = part.to(at), distinct.to(at)
+            part, distinct = part.to(at, non_blocking=True), distinct.to(at, non_blocking=True)
             conditioning = self.transformer.condition(part.repeat_interleave(len(distinct)), distinct.repeat(len(part)))
             conditioning = type(conditioning)(*(tensor.to(device) for tensor in conditioning))
             for step in range(len(part)):
@@ -269,11 +283,28 @@ class DiTPipeline(DiffusionPipeline):
     def decode(self, latents: torch.Tensor, generator=None) -> torch.Tensor:
         """Latents (batch, channels, height, width) to pictures (batch, 3, 8 * height, 8 * width) in 0..1.
 
-        `generator` is for those VAEs whose decoder draws noise.
+        Some at a time, in bounded memory; what overflows in float16 is decoded again in float32. `generator` is for those
+        VAEs whose decoder draws noise.
         """
         latents = 1 / self.vae.config.scaling_factor * latents + (self.vae.config.get("shift_factor") or 0)
-        # Channels last through the whole decoder: on a CPU the convolutions then need no copies in another layout.
-        latents = latents.to(self.vae.dtype, memory_format=torch.channels_last)
-        draws = "generator" in inspect.signature(self.vae.decode).parameters
-        samples = self.vae.decode(latents, **({"generator": generator} if draws else {})).sample
+        samples = self.decode_parts(latents.to(self.vae.dtype), generator)  # (batch, 3, height, width) in -1..1
+        if samples.dtype == torch.float16 and not samples.isfinite().all():
+            self.vae.float()
+            try:
+                samples = self.decode_parts(latents.float(), generator)
+            finally:
+                self.vae.half()
         return (samples / 2 + 0.5).clamp(0, 1)
+
+    def decode_parts(self, latents: torch.Tensor, generator=None) -> torch.Tensor:
+        """What the VAE decodes from latents, `DECODED_PIXELS` at a time."""
+        # Channels last through the whole decoder: on a CPU the convolutions then need no copies in another layout.
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        draws = "generator" in inspect.signature(self.vae.decode).parameters
+        several = max(1, DECODED_PIXELS // (latents[0, 0].numel() * self.vae_scale_factor**2))
+        samples = []
+        for start in range(0, len(latents), several):
+            part = slice(start, start + several)
+            drawn = {"generator": generator[part] if isinstance(generator, list) else generator} if draws else {}
+            samples.append(self.vae.decode(latents[part], **drawn).sample)
+        return torch.cat(samples)

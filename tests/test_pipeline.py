@@ -6,10 +6,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, XL, embedder_count, ours_with, tiny_pipeline, tiny_vae, upstream_model
+from conftest import SMALL_MODEL, TINY, XL, embedder_count, ours_with, tiny_pipeline, tiny_vae, upstream_model
 
 import nets.pipeline
 from nets import DiTPipeline
+from nets.scheduling import make_scheduler
 
 SCHEDULERS = {"dpm": diffusers.DPMSolverMultistepScheduler, "ddim": diffusers.DDIMScheduler,
               "unipc": diffusers.UniPCMultistepScheduler, "deis": diffusers.DEISMultistepScheduler}
@@ -361,6 +362,27 @@ def test_vae_slicing_and_tiling_make_the_same_pictures(pipeline):
     assert tiled.shape == whole.shape == (2, 32, 32, 3) and 0 < np.abs(tiled - whole).mean() < 0.1
 
 
+def test_decoding_some_at_a_time_makes_the_same_pictures(pipeline, monkeypatch):
+    expected, sizes = made(pipeline, num_images_per_label=2, output_type="np"), []
+    pipeline.vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    for several, parts in ((3, [3, 1]), (1, [1] * 4), (0.1, [1] * 4)):
+        monkeypatch.setattr(nets.pipeline, "DECODED_PIXELS", several * 16**2)
+        sizes.clear()
+        assert np.allclose(made(pipeline, num_images_per_label=2, output_type="np"), expected, atol=1e-5)
+        assert sizes == parts
+
+
+def test_what_overflows_in_float16_is_decoded_in_float32(pipeline):
+    exact = made(pipeline, output_type="latent")
+    with torch.no_grad():  # activations beyond 65504, that the norm after them takes back
+        pipeline.vae.decoder.conv_in.weight.mul_(1e5)
+    exact = pipeline.decode(exact)
+    pipeline.vae.half()
+    assert pipeline.vae.decoder(made(pipeline, output_type="latent").half()).isnan().any()
+    assert (pipeline.decode(made(pipeline, output_type="latent")) - exact).abs().max() < 0.02
+    assert pipeline.vae.dtype == torch.float16
+
+
 def test_another_vae_whose_latents_fit_decodes_them(pipeline):
     pipeline.vae = diffusers.AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
                                              num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
@@ -415,6 +437,11 @@ def test_the_generator_reaches_a_decoder_that_draws_noise(pipeline, monkeypatch)
     generator = torch.Generator().manual_seed(0)
     made(pipeline, output_type="np", generator=generator)
     assert seen == [generator]
+    seen.clear()
+    monkeypatch.setattr(nets.pipeline, "DECODED_PIXELS", 1)
+    generators = [torch.Generator().manual_seed(k) for k in range(2)]
+    made(pipeline, output_type="np", generator=generators)
+    assert seen == [generators[:1], generators[1:]]
 
 
 def test_diffusers_callback_objects_are_asked_for_their_tensors(pipeline):
@@ -568,10 +595,47 @@ def test_a_generator_on_the_cpu_and_one_on_the_gpu_each_repeat_themselves(cuda, 
         assert np.array_equal(first, second)
 
 
-def test_bfloat16_comes_close(pipeline):
-    exact = run(pipeline, [1, 2])
-    pipeline.to(torch.bfloat16)
-    assert 0 < np.abs(run(pipeline, [1, 2]) - exact).mean() < 0.004
+@pytest.mark.cuda
+@pytest.mark.parametrize("scheduler", ["dpm", "ddim"])
+def test_between_its_first_step_and_its_last_nothing_waits_for_the_gpu(cuda, pipeline, scheduler, monkeypatch):
+    monkeypatch.setattr(nets.pipeline, "CONDITIONING_BYTES", 1)  # a chunk a step
+    pipeline.to(cuda)
+    pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler)
+    steps = []
+
+    def watch(pipeline, step, timestep, tensors):
+        steps.append(step)
+        torch.cuda.set_sync_debug_mode("error" if step < 5 else "default")
+
+    try:
+        pipeline([1, 2], generator=torch.Generator(cuda).manual_seed(0), num_inference_steps=6,
+                 guidance_interval=(0.1, 5), callback_on_step_end=watch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert steps == list(range(6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_tells_all_timesteps_and_positions_apart(dtype):
+    config = {**TINY, "sample_size": 64, "num_embeds_ada_norm": 1000}
+    exact, half = tiny_pipeline(**config).transformer, tiny_pipeline(**config).transformer.to(dtype)
+    timesteps, class_ids = torch.arange(1000.0), torch.full((1000,), 1000)  # the last ones are no bfloat16 numbers
+    close = {"atol": 8 * torch.finfo(dtype).eps, "rtol": 8 * torch.finfo(dtype).eps}
+    for found, expected in zip(half.condition(timesteps, class_ids), exact.condition(timesteps, class_ids)):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), expected, **close)
+    latents = torch.zeros(1, 4, 64, 64)
+    torch.testing.assert_close(half.pos_embed(latents.to(dtype)).float(), exact.pos_embed(latents), **close)
+
+
+@pytest.mark.parametrize("dtype, least, most", [(torch.float16, 52, 75), (torch.bfloat16, 36, 55)], ids=str)
+def test_half_precision_makes_the_shipped_models_pictures_as_nearly_as_docs_speed_says(small_model, dtype, least, most):
+    small_model.scheduler = make_scheduler("dpm", small_model.scheduler)
+    half = DiTPipeline.from_pretrained(SMALL_MODEL, dtype=dtype)
+    half.scheduler = small_model.scheduler
+    exact, near = (run(pipeline, [0, 5, 9], steps=10) for pipeline in (small_model, half))
+    worst = -10 * np.log10(np.square(near - exact).mean((1, 2, 3)).max())
+    assert least < worst < most
 
 
 def test_random_upstream_weights_with_unequal_embedders_make_upstreams_pictures():

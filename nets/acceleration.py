@@ -1,0 +1,105 @@
+"""Opt-in speed for a loaded pipeline: compiled networks, exact up to rounding, and int8 matrices, which are not.
+
+What each gains in time and costs in quality is measured in docs/speed.md.
+"""
+
+import importlib.util
+import os
+import shutil
+
+import torch
+
+from nets.pipeline import DiTPipeline
+
+QUANTIZED = (".attn1.", ".ff.")  # the matrices of attention and MLP; the conditioning tower and the head stay as they are
+SHAPES = 64  # how many batch and picture sizes may be compiled for before torch.compile refuses the next
+
+
+def compile_networks(pipeline: DiTPipeline) -> DiTPipeline:
+    """Compile the transformer and the VAE's decoder, each shape when a call first has it; once, on the pipeline's device.
+
+    On a CPU one graph serves all blocks, so that the first picture comes soon; blocks of int8 are compiled one by one, with
+    their matrices packed into the program. On a GPU network and guidance become one CUDA graph, and the steps outside a
+    guidance interval another.
+    Raises ValueError for a pipeline with offloading or a cache, whose hooks cannot be compiled; ImportError or OSError
+    where there is no compiler. Each in one line and with nothing changed.
+    """
+    if any(hasattr(module, "_hf_hook") for part in (pipeline.transformer, pipeline.vae) for module in part.modules()):
+        raise ValueError("a pipeline with offloading cannot be compiled; leave one of the two")
+    if getattr(pipeline.transformer, "is_cache_enabled", False):
+        raise ValueError("a transformer with a cache cannot be compiled; call disable_cache() first")
+    require_compiler(pipeline.device)
+    import torch._dynamo.config
+
+    once = {"fullgraph": True, "dynamic": False}
+    blocks = pipeline.transformer.transformer_blocks
+    kinds = len(blocks) if is_quantized(pipeline) else 1  # each int8 block is compiled anew for each shape
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES * kinds)
+    if pipeline.device.type == "cuda":
+        pipeline.predict = replayed(torch.compile(pipeline.predict, mode="reduce-overhead", **once))
+    else:
+        for block in blocks:
+            block.compile(**once)
+        if is_quantized(pipeline):
+            pipeline.predict = with_constants(pipeline.predict)
+    pipeline.vae.decoder.compile(**once)
+    return pipeline
+
+
+def replayed(predict):
+    """`predict` as a CUDA graph, whose memory the next step writes over; the scale, a tensor, is no part of it."""
+    def call(latents, guidance_scale, *arguments, **conditioning):
+        torch.compiler.cudagraph_mark_step_begin()
+        scale = None if guidance_scale is None else torch.full((), guidance_scale, device=latents.device)
+        return predict(latents, scale, *arguments, **conditioning).clone()
+    return call
+
+
+def with_constants(predict):
+    """`predict` of blocks that are compiled each with its own weights as constants of the program."""
+    import torch._inductor.config
+
+    def call(*arguments, **conditioning):
+        with torch._inductor.config.patch(freezing=True):
+            return predict(*arguments, **conditioning)
+    return call
+
+
+def require_compiler(device: torch.device):
+    """Raise an ImportError or OSError, in one line, where torch.compile cannot work."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise ImportError("compiling for a GPU needs triton: pip install triton")
+        if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+            raise OSError("compiling for a GPU needs a C compiler: install gcc, or name one in CC")
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        raise OSError("compiling for a CPU needs a C++ compiler: install g++, or name one in CXX") from error
+
+
+def is_quantized(pipeline: DiTPipeline) -> bool:
+    """Whether `quantize_int8` has changed this pipeline."""
+    return getattr(pipeline.transformer, "quantized", False)
+
+
+def quantize_int8(pipeline: DiTPipeline) -> DiTPipeline:
+    """Compute the matrices of attention and MLP in int8: weights a scale per row, activations a scale per token and step.
+
+    For a CPU, and fast only with `compile_networks` after it. `save_pretrained` refuses such a pipeline.
+    Raises ValueError on another device, ImportError without torchao.
+    Source: torchao `Int8DynamicActivationInt8WeightConfig`; LLM.int8 (arXiv 2208.07339), without its outliers.
+    """
+    if pipeline._execution_device.type != "cpu":
+        raise ValueError(f"int8 is for the CPU, and this pipeline runs on {pipeline._execution_device}; use bfloat16 there")
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    except ImportError as error:
+        raise ImportError("int8 needs torchao: pip install torchao") from error
+    quantize_(pipeline.transformer, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda module, name: isinstance(
+        module, torch.nn.Linear) and any(part in name for part in QUANTIZED))
+    pipeline.transformer.quantized = True
+    return pipeline

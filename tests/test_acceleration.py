@@ -1,0 +1,82 @@
+"""nets/acceleration.py: compiled, the same pictures up to rounding; in int8, pictures within what the docs say."""
+
+import accelerate
+import diffusers
+import pytest
+import torch
+import torch._dynamo.config
+from conftest import SMALL_MODEL, tiny_pipeline
+
+from nets import DiTPipeline
+from nets.acceleration import compile_networks, quantize_int8
+
+
+def pictures(pipeline, **options):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline([1, 2, 3], generator=torch.Generator().manual_seed(0), output_type="pt",
+                    **{"num_inference_steps": 3, **options}).images
+
+
+def psnr(first, second):
+    """Of the worst picture, in dB; pictures in 0..1."""
+    return (-10 * (first - second).square().flatten(1).mean(1).log10()).min().item()
+
+
+@pytest.fixture(autouse=True)
+def forget_graphs():
+    yield
+    torch._dynamo.reset()
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_compiled_it_makes_the_same_pictures_guided_and_not_and_in_many_shapes():
+    eager, compiled = tiny_pipeline(), compile_networks(tiny_pipeline())
+    for options in ({}, {"guidance_interval": (0.5, 5)}, {"num_images_per_label": 2}):
+        torch.testing.assert_close(pictures(compiled, **options), pictures(eager, **options), atol=2e-5, rtol=0)
+    assert all(block._compiled_call_impl for block in compiled.transformer.transformer_blocks)
+    assert compiled.vae.decoder._compiled_call_impl
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_compiled_int8_makes_the_pictures_of_int8_with_packed_matrices():
+    eager, compiled = quantize_int8(tiny_pipeline()), compile_networks(quantize_int8(tiny_pipeline()))
+    assert psnr(pictures(compiled), pictures(eager)) > 60  # a sum in another order may round to another int8
+    with torch.profiler.profile() as profile:
+        pictures(compiled)
+    called = {event.key for event in profile.key_averages()}
+    assert "onednn::qlinear_pointwise" in called and "aten::_int_mm" not in called
+
+
+def test_what_cannot_be_compiled_is_refused_in_one_line():
+    cached, offloaded = tiny_pipeline(), tiny_pipeline()
+    cached.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match=r"^a transformer with a cache cannot be compiled; call disable_cache\(\) first$"):
+        compile_networks(cached)
+    accelerate.hooks.add_hook_to_module(offloaded.vae, accelerate.hooks.ModelHook())
+    with pytest.raises(ValueError, match=r"^a pipeline with offloading cannot be compiled; leave one of the two$"):
+        compile_networks(offloaded)
+
+
+def test_int8_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"^int8 weights are not saved; load the pipeline anew and save that$"):
+        quantize_int8(tiny_pipeline()).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_without_a_compiler_it_says_so_and_changes_nothing():
+    pipeline = tiny_pipeline()
+    with (torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+          pytest.raises(OSError, match=r"compiling for a CPU needs a C\+\+ compiler: install g\+\+")):
+        compile_networks(pipeline)
+    assert pipeline.vae.decoder._compiled_call_impl is None
+
+
+def test_int8_makes_the_shipped_models_pictures_as_nearly_as_docs_speed_says():
+    exact, quantized = (DiTPipeline.from_pretrained(SMALL_MODEL, dtype=torch.float32) for _ in range(2))
+    quantize_int8(quantized)
+    kinds = {name: type(module.weight).__name__ for name, module in quantized.transformer.named_modules()
+             if isinstance(module, torch.nn.Linear)}
+    assert {name for name, kind in kinds.items() if kind != "Parameter"} == {
+        name for name in kinds if ".attn1." in name or ".ff." in name}
+    options = {"num_images_per_label": 3, "num_inference_steps": 10}
+    assert 36 < psnr(pictures(quantized, **options), pictures(exact, **options)) < 60
