@@ -22,22 +22,52 @@ SCHEDULERS = {
     "dpm-single": "DPMSolverSinglestepScheduler", "dpm-sde": "DPMSolverSDEScheduler", "kdpm2": "KDPM2DiscreteScheduler",
     "kdpm2-a": "KDPM2AncestralDiscreteScheduler", "lms": "LMSDiscreteScheduler", "pndm": "PNDMScheduler",
 }
-# The sampling that the DiT paper reports (section 4; improved diffusion's ancestral sampler): keyword arguments of the
-# pipeline's call, to go with `paper_scheduler`.
-PAPER_SAMPLING = {"num_inference_steps": 250, "guidance_scale": 1.5, "guidance_channels": 3}
+# Where a scheduler puts its timesteps: evenly, from the first, over both ends or to the last; at Karras et al.'s sigmas
+# (arXiv 2206.00364, eq. 5), or evenly in log-SNR (DPM-Solver, arXiv 2206.00927, section 3.4).
+SPACINGS = {"leading": {"timestep_spacing": "leading"}, "linspace": {"timestep_spacing": "linspace"},
+            "trailing": {"timestep_spacing": "trailing"}, "karras": {"use_karras_sigmas": True},
+            "logsnr": {"use_lu_lambdas": True}}
+# Time against quality, measured in docs/speed.md: a scheduler, its spacing, keyword arguments of the pipeline's call.
+# "paper" is the sampling that the DiT paper reports (section 4; improved diffusion's ancestral sampler).
+PRESETS = {
+    "paper": {"scheduler": "ddpm-learned", "num_inference_steps": 250, "guidance_scale": 1.5, "guidance_channels": 3},
+    "reference": {"scheduler": "dpm", "num_inference_steps": 50},
+    "balanced": {"scheduler": "dpm", "spacing": "logsnr", "num_inference_steps": 15, "guidance_interval": (0.0, 3.0)},
+    "fast": {"scheduler": "dpm", "spacing": "logsnr", "num_inference_steps": 8, "guidance_interval": (0.0, 3.0)},
+    "draft": {"scheduler": "unipc", "num_inference_steps": 6, "guidance_interval": (0.0, 3.0)},
+}
 
 
-def make_scheduler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
+def make_scheduler(name: str, scheduler: SchedulerMixin, spacing: str | None = None) -> SchedulerMixin:
     """The scheduler of that name in `SCHEDULERS`, with the betas of a model's own; "ddpm-learned" is the paper's.
 
-    Raises ImportError if it needs a package that is not there.
+    `spacing`, one of `SPACINGS`, is where its timesteps lie; None, where the class puts them.
+    Raises KeyError for another name, ImportError if it needs a package that is not there, ValueError for a spacing that it
+    does not know.
     """
     import diffusers
 
     if name == "ddpm-learned":
-        return paper_scheduler(scheduler)
-    config = {key: value for key, value in scheduler.config.items() if key != "variance_type"}  # which is another class's
-    return getattr(diffusers, SCHEDULERS[name]).from_config(config)
+        made = paper_scheduler(scheduler)
+    else:  # a variance_type is another class's
+        config = {key: value for key, value in scheduler.config.items() if key != "variance_type"}
+        made = getattr(diffusers, SCHEDULERS[name]).from_config(config)
+    if spacing is None:
+        return made
+    (option, value), = SPACINGS[spacing].items()
+    if option not in inspect.signature(type(made).__init__).parameters:
+        raise ValueError(f"{type(made).__name__} has no spacing {spacing!r}; leave it out")
+    return type(made).from_config(made.config, **{option: value})
+
+
+def use_preset(name: str, scheduler: SchedulerMixin) -> tuple[SchedulerMixin, dict]:
+    """The scheduler of a preset, with the betas of a model's own, and the keyword arguments of the pipeline's call.
+
+    `pipe.scheduler, sampling = use_preset("fast", pipe.scheduler)`, then `pipe(ids, **sampling)`. Raises KeyError for a
+    name that is not in `PRESETS`.
+    """
+    sampling = dict(PRESETS[name])
+    return make_scheduler(sampling.pop("scheduler"), scheduler, sampling.pop("spacing", None)), sampling
 
 
 def published_scheduler(beta_schedule: str = "linear") -> DDIMScheduler:

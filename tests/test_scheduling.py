@@ -6,7 +6,15 @@ import torch
 from conftest import ROOT, tiny_pipeline
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
-from nets.scheduling import PAPER_SAMPLING, SCHEDULERS, learns_variance, make_scheduler, paper_scheduler, set_timesteps
+from nets.scheduling import (
+    PRESETS,
+    SCHEDULERS,
+    learns_variance,
+    make_scheduler,
+    paper_scheduler,
+    set_timesteps,
+    use_preset,
+)
 
 WORKING = [scheduler.name for scheduler in KarrasDiffusionSchedulers if scheduler.name != "EDMEulerScheduler"]
 STOCHASTIC = ["DDPMScheduler", "DPMSolverSDEScheduler", "EulerAncestralDiscreteScheduler",
@@ -127,7 +135,7 @@ def test_the_papers_sampler_has_the_models_betas(small_model):
     assert learns_variance(scheduler) and not learns_variance(small_model.scheduler)
     assert scheduler.config.timestep_spacing == "linspace" and scheduler.config.clip_sample is False
     assert torch.equal(scheduler.betas, small_model.scheduler.betas)
-    timesteps = set_timesteps(scheduler, PAPER_SAMPLING["num_inference_steps"])
+    timesteps = set_timesteps(scheduler, PRESETS["paper"]["num_inference_steps"])
     assert len(timesteps) == 250 and (timesteps[0], timesteps[-1]) == (999, 0)
 
 
@@ -190,3 +198,46 @@ def test_eta_makes_ddim_stochastic_and_is_refused_elsewhere(pipeline):
     assert torch.equal(still, again) and not torch.allclose(moved, other, atol=1e-2)
     with pytest.raises(ValueError, match=r"PNDMScheduler does not take eta=0\.5"):
         with_scheduler(pipeline, "PNDMScheduler")([3], eta=0.5)
+
+
+@pytest.mark.parametrize("spacing, of_upstream", [
+    ("leading", {"timestep_spacing": "leading"}), ("trailing", {"timestep_spacing": "trailing"}),
+    ("karras", {"use_karras_sigmas": True}), ("logsnr", {"use_lu_lambdas": True})])
+def test_spacings_put_the_timesteps_where_diffusers_does(spacing, of_upstream, pipeline):
+    own = pipeline.scheduler
+    expected = diffusers.DPMSolverMultistepScheduler.from_config(own.config, **of_upstream)
+    found = make_scheduler("dpm", own, spacing)
+    assert torch.equal(set_timesteps(found, 10), set_timesteps(expected, 10))
+    assert not torch.equal(found.timesteps, set_timesteps(make_scheduler("dpm", own), 10))
+    assert torch.equal(found.betas, own.betas)
+
+
+def test_a_spacing_that_a_scheduler_does_not_have_is_refused_in_one_line(pipeline):
+    with pytest.raises(ValueError, match=r"^DDIMScheduler has no spacing 'karras'; leave it out$"):
+        make_scheduler("ddim", pipeline.scheduler, "karras")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_a_scheduler_and_arguments_of_the_call(name, pipeline):
+    own = pipeline.scheduler
+    pipeline.scheduler, sampling = use_preset(name, own)
+    assert type(pipeline.scheduler).__name__ == SCHEDULERS[PRESETS[name]["scheduler"]]
+    assert torch.equal(pipeline.scheduler.betas, own.betas)
+    pipeline([1], **sampling, output_type="latent")
+    assert pipeline.num_timesteps == sampling["num_inference_steps"]
+
+
+def test_presets_stay_as_near_to_250_steps_on_the_shipped_model_as_docs_speed_says(small_model):
+    own = small_model.scheduler
+
+    def made(num_inference_steps, interval):
+        return small_model(list(range(10)), guidance_scale=1.5, guidance_interval=interval, output_type="pt",
+                           num_inference_steps=num_inference_steps, generator=torch.Generator().manual_seed(4000)).images
+
+    small_model.scheduler = make_scheduler("dpm", own)
+    exact = {interval: made(250, interval) for interval in (None, (0.0, 3.0))}
+    for name, least, most in (("reference", 46, 56), ("balanced", 33, 43), ("fast", 25, 33), ("draft", 27, 34)):
+        small_model.scheduler, sampling = use_preset(name, own)
+        interval = sampling.get("guidance_interval")
+        error = (made(sampling["num_inference_steps"], interval) - exact[interval]).square().mean()
+        assert least < -10 * error.log10() < most, name
