@@ -2,22 +2,20 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 import warnings
 from pathlib import Path
 
-from nets.scheduling import PAPER_SAMPLING, SCHEDULERS, make_scheduler
+from nets.scheduling import PRESETS, SCHEDULERS, SPACINGS, make_scheduler
 
 MODEL_DATA = Path(__file__).resolve().parent / "model_data"
 SMALL_MODEL, XL_MODEL = "fashion-mnist-32", "DiT-XL-2-256"
-PRESETS = {"paper": {"scheduler": "ddpm-learned", "steps": PAPER_SAMPLING["num_inference_steps"],
-                     "guidance_scale": PAPER_SAMPLING["guidance_scale"],
-                     "guidance_channels": PAPER_SAMPLING["guidance_channels"]}}
 DTYPES = ("float32", "float16", "bfloat16")
 # The options that shape a picture: what its text chunks carry, and what --like takes from there.
 RECIPE = ("model", "steps", "guidance_scale", "seed", "scheduler", "dtype")
-RECIPE_IF_GIVEN = ("revision", "variant", "guidance_channels", "guidance_interval")
+RECIPE_IF_GIVEN = ("revision", "variant", "guidance_channels", "guidance_interval", "spacing", "quantize")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -59,11 +57,19 @@ def add_picture_options(parser):
                         help="guide at noise levels sigma between these only (default: all)")
     parser.add_argument("--scheduler", choices=SCHEDULERS, default="dpm", metavar="NAME",
                         help=f"one of {', '.join(SCHEDULERS)} (default dpm)")
+    parser.add_argument("--spacing", choices=SPACINGS, help="where the scheduler's timesteps lie (default: its own way)")
     parser.add_argument("--preset", choices=PRESETS,
-                        help="paper: the baseline that papers report, DDPM with the learned variance, 250 steps, guidance "
-                             "1.5 on 3 channels; sets --scheduler, --steps, --guidance-scale and --guidance-channels")
+                        help="scheduler, steps, spacing and guidance interval at once. paper: the baseline that papers "
+                             "report, DDPM with the learned variance, 250 steps, guidance 1.5 on 3 channels; reference, "
+                             "balanced, fast and draft: less and less time, at the price that docs/speed.md tells")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the networks: the same pictures up to rounding, the first of a batch size later, "
+                             "the others sooner")
+    parser.add_argument("--quantize", choices=("int8",),
+                        help="compute attention and MLP in int8, on a CPU and with --compile faster; the pictures change "
+                             "(docs/speed.md); needs torchao")
 
 
 def parse_picture_options(parser, argv):
@@ -71,7 +77,8 @@ def parse_picture_options(parser, argv):
     options = (*RECIPE, *RECIPE_IF_GIVEN)
     arguments = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(options)))  # None where it was not given
     given = [option for option in options if getattr(arguments, option) is not None]
-    settings = PRESETS.get(arguments.preset, {})
+    settings = {"steps" if name == "num_inference_steps" else name: value
+                for name, value in PRESETS.get(arguments.preset, {}).items()}
     if set(given) & set(settings):
         parser.error(f"--preset {arguments.preset} sets {', '.join(set(given) & set(settings))}; leave it out")
     for option in options:
@@ -146,6 +153,7 @@ def find_model(model, revision=None):
     try:
         index = folder
         if folder is None:
+            quiet_diffusers()
             from nets.loading import find_folder
 
             index = find_folder(model, ["model_index.json"], revision=revision)
@@ -158,16 +166,15 @@ def find_model(model, revision=None):
     return folder or model, id2label
 
 
-def load_pipeline(folder, arguments):
-    """The pipeline on its device, with the scheduler that was asked for."""
-    import diffusers
+def load_pipeline(folder, arguments, lap=lambda name: None):
+    """The pipeline on its device, with the scheduler that was asked for; `lap` is told when all is imported."""
+    quiet_diffusers()
     import torch
 
     from nets import DiTPipeline
 
+    lap("import")
     device = find_device(arguments.device)
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
     try:
         pipeline = DiTPipeline.from_pretrained(folder, dtype=getattr(torch, arguments.dtype), revision=arguments.revision,
                                                variant=arguments.variant)
@@ -175,10 +182,36 @@ def load_pipeline(folder, arguments):
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(f"cannot load model {arguments.model} on {device}: {first_line(error)}") from error
     try:
-        pipeline.scheduler = make_scheduler(arguments.scheduler, pipeline.scheduler)
+        pipeline.scheduler = make_scheduler(arguments.scheduler, pipeline.scheduler, arguments.spacing)
     except ImportError as error:  # a package that this scheduler alone needs
         raise ValueError(f"--scheduler {arguments.scheduler} cannot run here: {' '.join(str(error).split())}") from error
     return pipeline, device
+
+
+def quiet_diffusers():
+    """Import diffusers without its warnings and bars; what matters of them is an error here."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name in ("torchao", "torch.utils._pytree"):  # diffusers imports torchao where it is, which complains of its own
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+
+
+def speed_up(pipeline, arguments):
+    """Do what --quantize and --compile ask for; without a compiler, say so and go on."""
+    if not (arguments.quantize or arguments.compile):
+        return
+    from nets.acceleration import compile_networks, quantize_int8
+
+    if arguments.quantize:
+        quantize_int8(pipeline)
+    if arguments.compile:
+        try:
+            compile_networks(pipeline)
+        except (OSError, ImportError) as error:
+            print(f"{error}; going on without --compile", file=sys.stderr)
 
 
 def require_processes(started):

@@ -84,11 +84,11 @@ def to_folder(arguments):
     """A `.pt` into a pipeline folder."""
     print(f"reading {arguments.source} ({arguments.source.stat().st_size / 1e9:.2f} GB)", flush=True)
 
+    command_line.quiet_diffusers()
     from nets import DiTPipeline
     from nets.checkpoint import from_original, read_config, read_original
     from nets.scheduling import published_scheduler
 
-    quiet_diffusers()
     numerics = arguments.numerics or "diffusers"
     state_dict = read_original(arguments.source, arguments.weights or "ema")
     config = read_config(state_dict, arguments.heads, numerics)
@@ -118,13 +118,13 @@ def to_file(arguments):
     folder = arguments.source / "transformer" if (arguments.source / "transformer").is_dir() else arguments.source
     print(f"reading {folder}", flush=True)
 
+    command_line.quiet_diffusers()
     import torch
 
     from nets import Transformer2DModel
     from nets.checkpoint import NUMERICS, to_original
     from nets.loading import load_exactly, stored_dtype
 
-    quiet_diffusers()
     transformer = load_exactly(Transformer2DModel, folder, dtype=stored_dtype(folder), variant=arguments.variant)
     state_dict = to_original(transformer)
     if any(transformer.config[key] != value for key, value in NUMERICS["original"].items()):
@@ -165,14 +165,6 @@ def load_vae(vae, channels):
     if model.config.latent_channels != channels:
         raise ValueError(f"{vae} has latents of {model.config.latent_channels} channels, the checkpoint of {channels}")
     return model
-
-
-def quiet_diffusers():
-    """No warnings and bars from diffusers; what matters of them is an error here."""
-    import diffusers
-
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

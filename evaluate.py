@@ -61,6 +61,7 @@ def run(arguments):
     import torch
     from tqdm import tqdm
 
+    command_line.quiet_diffusers()
     from nets.features import extract, reference_features, take
     from nets.metrics import PARTS, compare
     from nets.picture_sets import FASHION_MNIST, is_fashion_mnist, open_pictures

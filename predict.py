@@ -25,6 +25,11 @@ def main(argv=None) -> int:
 
 def run(arguments):
     """Load the model, make the pictures, write them."""
+    seconds, started = {}, time.perf_counter()
+
+    def lap(name):
+        seconds[name] = time.perf_counter() - started - sum(seconds.values())
+
     arguments.model = arguments.model or command_line.model_name()
     class_ids, index = read_recipe(arguments) if arguments.like else (None, None)
     folder, id2label = command_line.find_model(arguments.model, arguments.revision)
@@ -37,7 +42,8 @@ def run(arguments):
         tempfile.TemporaryFile(dir=arguments.output_dir).close()  # known now, and not after the work
     except OSError as error:
         raise ValueError(f"cannot write into {arguments.output_dir}: {error.strerror}") from error
-    pipeline, device = command_line.load_pipeline(folder, arguments)
+    pipeline, device = command_line.load_pipeline(folder, arguments, lap)
+    command_line.speed_up(pipeline, arguments)
 
     import torch
 
@@ -48,24 +54,28 @@ def run(arguments):
     channels = f" on {arguments.guidance_channels} channels" if arguments.guidance_channels else ""
     print(f"model {arguments.model} · {device} {arguments.dtype} · {arguments.scheduler}, {arguments.steps} steps, "
           f"guidance {arguments.guidance_scale:g}{channels} · seed {arguments.seed}", flush=True)
-    started = time.perf_counter()
+    lap("load")
     try:
         generator = torch.Generator().manual_seed(arguments.seed)
         pictures = pipeline(class_ids, generator=generator, **command_line.picture_arguments(arguments)).images
     except (ValueError, RuntimeError) as error:  # a scheduler that cannot do so few steps, too little memory
         raise ValueError(f"cannot make these pictures with {arguments.scheduler}: "
                          f"{command_line.first_line(error)}") from error
-    seconds = time.perf_counter() - started
+    lap("sampling")
 
     names = [first_name(id2label, label) for label in class_ids]
     for position in range(len(pictures)) if index is None else [index]:
         path = free_path(arguments.output_dir / f"{slug(names[position])}-seed{arguments.seed}.png")
         save_picture(pictures[position], path, recipe(arguments, class_ids, position, names[position]))
-        print(f"{path}  {names[position]}  ({seconds / len(pictures):.2f} s)")
+        print(f"{path}  {names[position]}  ({seconds['sampling'] / len(pictures):.2f} s)")
     if arguments.grid:
         path = free_path(arguments.output_dir / f"grid-seed{arguments.seed}.png")
         save_picture(contact_sheet(pictures, names), path, {})
         print(f"{path}  all {len(pictures)} on one sheet")
+    lap("saving")
+    if arguments.timings:
+        shares = (f"{name} {part:.2f} s ({part / sum(seconds.values()):.0%})" for name, part in seconds.items())
+        print(f"{' · '.join(shares)} · together {sum(seconds.values()):.2f} s")
 
 
 def parse_arguments(argv):
@@ -77,6 +87,7 @@ def parse_arguments(argv):
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
     parser.add_argument("--images-per-class", type=command_line.whole_number(1, 10_000), default=1)
     parser.add_argument("--grid", action="store_true", help="write one sheet with captions as well")
+    parser.add_argument("--timings", action="store_true", help="tell what importing, loading, sampling and saving took")
     parser.add_argument("--list-classes", nargs="?", const="", metavar="TEXT",
                         help="print the model's class names (those with TEXT in them) and stop")
     parser.add_argument("--like", type=Path, metavar="FILE.png",

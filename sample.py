@@ -20,7 +20,8 @@ else:
     import command_line
 
 # What settles every picture, beside the weights: two runs that differ in one of these make different pictures.
-SETTINGS = ("steps", "guidance_scale", "guidance_channels", "guidance_interval", "scheduler", "dtype", "seed")
+SETTINGS = ("steps", "guidance_scale", "guidance_channels", "guidance_interval", "scheduler", "spacing", "dtype",
+            "quantize", "seed")
 NPZ = "samples.npz"
 
 
@@ -51,6 +52,7 @@ def run(arguments):
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
+    command_line.quiet_diffusers()
     from nets.loading import config_fingerprint, fingerprint
     from nets.sampling import (
         PictureWriter,
@@ -70,6 +72,8 @@ def run(arguments):
     folder, id2label = command_line.find_model(arguments.model, arguments.revision)
     pipeline, _ = command_line.load_pipeline(folder, arguments)
     pipeline.set_progress_bar_config(disable=True)
+    weights = fingerprint(pipeline.transformer, pipeline.vae)
+    command_line.speed_up(pipeline, arguments)
     classes = pipeline.transformer.config.num_embeds_ada_norm
     labels = read_labels(arguments.labels, id2label, classes)
 
@@ -78,7 +82,7 @@ def run(arguments):
         try:
             holding.enter_context(held(arguments.output))
             settings = {**{name: getattr(arguments, name) for name in SETTINGS}, "labels": labels,
-                        "weights": fingerprint(pipeline.transformer, pipeline.vae),
+                        "weights": weights,
                         "config": config_fingerprint(pipeline.transformer, pipeline.vae, pipeline.scheduler),
                         "class_names": {str(label): names for label, names in id2label.items()}}
             facts = {"num": arguments.num, "model": arguments.model}

@@ -23,7 +23,7 @@ setup(
     install_requires=["torch>=2.6", "diffusers>=0.42,<0.43", "accelerate>=1.0", "safetensors>=0.4", "numpy>=1.26",
                       "pillow>=10"],
     extras_require={"eval": ["transformers>=5.23", "torchmetrics>=1.4"], "inception": ["torch-fidelity"],
-                    "train": ["tensorboard", "matplotlib"]},
+                    "train": ["tensorboard", "matplotlib"], "speed": ["torchao>=0.18"]},
     entry_points={"console_scripts": ["dit-predict=dit_verbs.predict:main", "dit-convert=dit_verbs.convert:main",
                                       "dit-sample=dit_verbs.sample:main",
                                       "dit-evaluate=dit_verbs.evaluate:main", "dit-train=dit_verbs.train:main"]},

@@ -36,7 +36,7 @@ def run(arguments):
     if absent:
         raise ImportError(f"training needs {' and '.join(absent)}: pip install {' '.join(absent)}")
 
-    import diffusers
+    command_line.quiet_diffusers()
     import torch
     from accelerate import Accelerator
 
@@ -45,7 +45,6 @@ def run(arguments):
     from nets.sampling import held
     from nets.training import require_parts
 
-    diffusers.utils.logging.set_verbosity_error()
     training = arguments.output / "training"
     if arguments.output.is_dir() and any(arguments.output.iterdir()) and not training.is_dir():
         raise ValueError(f"{arguments.output} has files of something else; choose another --output")

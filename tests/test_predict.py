@@ -219,7 +219,7 @@ def test_a_guidance_interval_is_kept_in_the_picture_too(capsys, tmp_path):
 
 
 def test_the_papers_preset_is_its_options_spelled_out(capsys, monkeypatch, tmp_path):
-    monkeypatch.setitem(command_line.PRESETS, "paper", {**command_line.PRESETS["paper"], "steps": 5})
+    monkeypatch.setitem(command_line.PRESETS, "paper", {**command_line.PRESETS["paper"], "num_inference_steps": 5})
     status, out, _ = run(capsys, "bag", "--preset", "paper", "--output-dir", tmp_path / "preset")
     assert status == 0 and "ddpm-learned, 5 steps, guidance 1.5 on 3 channels" in out
     run(capsys, "bag", "--scheduler", "ddpm-learned", "--steps", 5, "--guidance-scale", 1.5, "--guidance-channels", 3,
@@ -233,12 +233,59 @@ def test_the_papers_preset_is_its_options_spelled_out(capsys, monkeypatch, tmp_p
         assert status == 2 and f"--preset paper sets {option.replace('-', '_')}; leave it out" in error
 
 
-def test_the_papers_preset_is_that_of_the_library():
-    from nets.scheduling import PAPER_SAMPLING
+@pytest.mark.parametrize("preset", ["reference", "balanced", "fast", "draft"])
+def test_a_preset_leaves_the_guidance_scale_to_the_user_and_its_picture_says_all(preset, capsys, tmp_path):
+    steps = command_line.PRESETS[preset]["num_inference_steps"]
+    status, out, _ = run(capsys, "bag", "--preset", preset, "--guidance-scale", 2, "--output-dir", tmp_path / "first")
+    assert status == 0 and f"{steps} steps, guidance 2" in out
+    run(capsys, "--like", tmp_path / "first/bag-seed42.png", "--output-dir", tmp_path / "again")
+    first, again = (np.asarray(Image.open(tmp_path / folder / "bag-seed42.png")) for folder in ("first", "again"))
+    assert np.array_equal(first, again)
 
-    preset = command_line.PRESETS["paper"]
-    assert {"num_inference_steps": preset["steps"], **{key: preset[key] for key in ("guidance_scale", "guidance_channels")}
-            } == PAPER_SAMPLING
+
+def test_a_spacing_moves_the_timesteps_and_like_keeps_it(capsys, tmp_path):
+    for spacing in ("trailing", "karras"):
+        run(capsys, "bag", "--steps", 4, "--spacing", spacing, "--output-dir", tmp_path / spacing)
+    run(capsys, "--like", tmp_path / "karras/bag-seed42.png", "--output-dir", tmp_path / "again")
+    trailing, karras, again = (np.asarray(Image.open(tmp_path / folder / "bag-seed42.png"))
+                               for folder in ("trailing", "karras", "again"))
+    assert np.array_equal(karras, again) and not np.array_equal(karras, trailing)
+    status, _, error = run(capsys, "bag", "--scheduler", "ddim", "--spacing", "karras", "--output-dir", tmp_path)
+    assert status == 2 and "DDIMScheduler has no spacing 'karras'" in error
+
+
+def test_timings_share_out_the_time_of_the_process(capsys, tmp_path):
+    _, out, _ = run(capsys, "bag", "--steps", 2, "--timings", "--output-dir", tmp_path)
+    last = out.splitlines()[-1]
+    assert [part.split()[0] for part in last.split(" · ")] == ["import", "load", "sampling", "saving", "together"]
+    *parts, whole = (float(part.split()[1]) for part in last.split(" · "))
+    assert abs(sum(parts) - whole) < 0.03 and min(parts) >= 0
+
+
+def test_compiled_it_makes_the_same_picture(capsys, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "tiny")
+    for folder, more in (("plain", ()), ("compiled", ("--compile",))):
+        status, _, _ = run(capsys, 1, "--model", tmp_path / "tiny", "--steps", 2, "--output-dir", tmp_path / folder, *more)
+        assert status == 0
+    plain, compiled = (np.asarray(Image.open(next((tmp_path / folder).glob("*.png")))).astype(int)
+                       for folder in ("plain", "compiled"))
+    assert abs(compiled - plain).max() <= 1
+
+
+def test_without_a_compiler_it_says_so_and_makes_the_picture(capsys, tmp_path):
+    import torch._inductor.config
+
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert predict.main(["bag", "--device", "cpu", "--steps", "2", "--compile", "--output-dir", str(tmp_path)]) == 0
+    assert (tmp_path / "bag-seed42.png").is_file()
+    assert ("compiling for a CPU needs a C++ compiler: install g++, or name one in CXX; going on without --compile\n"
+            in capsys.readouterr().err)
+
+
+def test_without_torchao_int8_is_refused_in_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    status, _, error = run(capsys, "bag", "--steps", 2, "--quantize", "int8", "--output-dir", tmp_path)
+    assert status == 2 and error.endswith("int8 needs torchao: pip install torchao")
 
 
 def test_a_hub_id_without_a_network_gets_one_line(capsys, monkeypatch, tmp_path):
