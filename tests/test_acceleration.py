@@ -78,5 +78,5 @@ def test_int8_makes_the_shipped_models_pictures_as_nearly_as_docs_speed_says():
              if isinstance(module, torch.nn.Linear)}
     assert {name for name, kind in kinds.items() if kind != "Parameter"} == {
         name for name in kinds if ".attn1." in name or ".ff." in name}
-    options = {"num_images_per_label": 3, "num_inference_steps": 10}
+    options = {"num_inference_steps": 10}
     assert 36 < psnr(pictures(quantized, **options), pictures(exact, **options)) < 60

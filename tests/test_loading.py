@@ -110,7 +110,7 @@ def test_loading_bin_weights_complains_of_nothing(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path, safe_serialization=False)
     program = f"from nets import DiTPipeline; DiTPipeline.from_pretrained({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "error" not in done.stderr.lower()
+    assert "error occurred" not in done.stderr and "unsafe serialization" not in done.stderr  # diffusers' words
 
 
 def test_a_variant_is_taken_by_the_parts_that_have_it(pipeline, tmp_path):
