@@ -210,19 +210,19 @@ def main():
         if "time_ratio" not in results[name_of(row)]:
             keep(row, take_time(pipeline, own, row))
 
-    results = {key: row for key, row in results.items() if key in map(name_of, tried)}
+    rows_tried = {key: row for key, row in results.items() if key in map(name_of, tried)}
     if arguments.presets:
-        write_table(arguments.docs / "speed.md", "presets", table(results, presets))
+        write_table(arguments.docs / "speed.md", "presets", table(rows_tried, presets))
         strip(pipeline, own, arguments.docs / "presets.png")
-        if "fast, int8" not in known:
+        if "fast, int8" not in results:
             quantized = DiTPipeline.from_pretrained(arguments.model)
             quantized.set_progress_bar_config(disable=True)
             compile_networks(quantize_int8(quantized))
-            known["fast, int8"] = measure(quantized, own, of_preset("fast"), extractor, real, exact, count)
+            results["fast, int8"] = measure(quantized, own, of_preset("fast"), extractor, real, exact, count)
             arguments.results.write_text(json.dumps(known, indent=2) + "\n")
     else:
-        write_table(arguments.docs / "speed.md", "sweep", table(results))
-        plot(results, arguments.docs / "sweep.png")
+        write_table(arguments.docs / "speed.md", "sweep", table(rows_tried))
+        plot(rows_tried, arguments.docs / "sweep.png")
 
 
 def read_test_set(folder):
