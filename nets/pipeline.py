@@ -140,7 +140,8 @@ class DiTPipeline(DiffusionPipeline):
         latents = latents.to(self._execution_device, self.transformer.dtype) * self.scheduler.init_noise_sigma
         self.num_timesteps = len(timesteps)  # for diffusers' callbacks
 
-        steps = zip(self.progress_bar(timesteps), guided, self.conditionings(class_ids, guided, timesteps))
+        # Strict, so that the last turn ends the generator too, and what it has computed ahead is freed before decoding.
+        steps = zip(self.progress_bar(timesteps), guided, self.conditionings(class_ids, guided, timesteps), strict=True)
         for step, (timestep, is_guided, conditioning) in enumerate(steps):
             if step == 0 or is_guided != guided[step - 1]:
                 self.reset_cache()  # what a cache knows of a guided step says nothing of an unguided one

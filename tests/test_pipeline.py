@@ -138,6 +138,14 @@ def test_conditioning_is_the_same_however_it_is_chunked(pipeline, monkeypatch):
         assert calls == expected
 
 
+def test_the_conditioning_computed_ahead_is_freed_before_decoding(pipeline, monkeypatch):
+    conditionings, decode, made, alive = pipeline.conditionings, pipeline.decode, [], []
+    monkeypatch.setattr(pipeline, "conditionings", lambda *args: made.append(conditionings(*args)) or made[-1])
+    monkeypatch.setattr(pipeline, "decode", lambda *args: alive.append(made[-1].gi_frame) or decode(*args))
+    run(pipeline, [1, 2], steps=3)
+    assert alive == [None]
+
+
 def test_forward_hooks_see_every_step(pipeline):
     shapes = []
     pipeline.transformer.register_forward_hook(lambda module, inputs, output: shapes.append(inputs[0].shape[0]))

@@ -262,6 +262,13 @@ def test_timings_share_out_the_time_of_the_process(capsys, tmp_path):
     assert abs(sum(parts) - whole) < 0.03 and min(parts) >= 0
 
 
+def test_importing_leaves_the_collector_on_and_what_was_imported_out_of_its_way():
+    program = ("import gc, command_line\ncommand_line.quiet_diffusers()\nfrozen = gc.get_freeze_count()\n"
+               "command_line.quiet_diffusers()\nprint(gc.isenabled(), frozen > 300_000, gc.get_freeze_count() - frozen)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.split()[:2] == ["True", "True"] and int(done.stdout.split()[2]) <= 0
+
+
 def test_compiled_it_makes_the_same_picture(capsys, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "tiny")
     for folder, more in (("plain", ()), ("compiled", ("--compile",))):
