@@ -37,16 +37,6 @@ def test_compiled_it_makes_the_same_pictures_guided_and_not_and_in_many_shapes()
     assert compiled.vae.decoder._compiled_call_impl
 
 
-@torch._dynamo.config.patch(recompile_limit=1)
-def test_compiled_int8_makes_the_pictures_of_int8_with_packed_matrices():
-    eager, compiled = quantize_int8(tiny_pipeline()), compile_networks(quantize_int8(tiny_pipeline()))
-    assert psnr(pictures(compiled), pictures(eager)) > 60  # a sum in another order may round to another int8
-    with torch.profiler.profile() as profile:
-        pictures(compiled)
-    called = {event.key for event in profile.key_averages()}
-    assert "onednn::qlinear_pointwise" in called and "aten::_int_mm" not in called
-
-
 def test_what_cannot_be_compiled_is_refused_in_one_line():
     cached, offloaded = tiny_pipeline(), tiny_pipeline()
     cached.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
@@ -71,12 +61,18 @@ def test_without_a_compiler_it_says_so_and_changes_nothing():
     assert pipeline.vae.decoder._compiled_call_impl is None
 
 
-def test_int8_makes_the_shipped_models_pictures_as_nearly_as_docs_speed_says():
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_int8_with_packed_matrices_makes_the_shipped_models_pictures_as_nearly_as_docs_speed_says():
     exact, quantized = (DiTPipeline.from_pretrained(SMALL_MODEL, dtype=torch.float32) for _ in range(2))
     quantize_int8(quantized)
     kinds = {name: type(module.weight).__name__ for name, module in quantized.transformer.named_modules()
              if isinstance(module, torch.nn.Linear)}
     assert {name for name, kind in kinds.items() if kind != "Parameter"} == {
         name for name in kinds if ".attn1." in name or ".ff." in name}
+    compile_networks(quantized)  # a packed kernel may overflow where eager int8 does not
     options = {"num_inference_steps": 10}
     assert 36 < psnr(pictures(quantized, **options), pictures(exact, **options)) < 60
+    with torch.profiler.profile() as profile:
+        pictures(quantized, num_inference_steps=1)
+    called = {event.key for event in profile.key_averages()}
+    assert "onednn::qlinear_pointwise" in called and "aten::_int_mm" not in called
