@@ -19,6 +19,13 @@ RECIPE = ("model", "steps", "guidance_scale", "seed", "scheduler", "dtype")
 RECIPE_IF_GIVEN = ("revision", "variant", "guidance_channels", "guidance_interval", "spacing", "quantize")
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """One whose errors are a line, as all errors of the verbs."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help has all options)\n")
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help with the defaults of options that have one."""
 
@@ -94,6 +101,18 @@ def picture_arguments(arguments):
             "guidance_channels": arguments.guidance_channels, "guidance_interval": arguments.guidance_interval}
 
 
+def in_words(arguments):
+    """What shapes the pictures beside model, classes and seed, for the line with which a verb begins."""
+    guidance = f"guidance {arguments.guidance_scale:g}"
+    if arguments.guidance_channels:
+        guidance += f" on {arguments.guidance_channels} channels"
+    if arguments.guidance_interval:
+        guidance += " at sigma {:g} to {:g}".format(*arguments.guidance_interval)
+    scheduler = f"{arguments.scheduler} ({arguments.spacing})" if arguments.spacing else arguments.scheduler
+    words = [scheduler, f"{arguments.steps} steps", guidance, arguments.quantize, "compiled" if arguments.compile else None]
+    return ", ".join(filter(None, words))
+
+
 def whole_number(low, high):
     """An argparse type: an int in low..high."""
     def convert(text):
@@ -134,7 +153,10 @@ def fraction(text):
 
 def interval(text):
     """An argparse type: two floats, the lower first, as `0.3,5`."""
-    low, high = (finite_number(number) for number in text.strip("()").split(","))
+    try:
+        low, high = (finite_number(number) for number in text.strip("()").split(","))
+    except ValueError:
+        low = high = -1.0
     if not 0 <= low < high:
         raise argparse.ArgumentTypeError(f"{text} is not LOW,HIGH with 0 <= LOW < HIGH")
     return low, high
@@ -211,16 +233,19 @@ def quiet_diffusers():
 
 
 def speed_up(pipeline, arguments):
-    """Do what --quantize and --compile ask for; without a compiler, say so and go on."""
+    """Do what --quantize and --compile ask for, and say what it costs; without a compiler, say so and go on."""
     if not (arguments.quantize or arguments.compile):
         return
     from nets.acceleration import compile_networks, quantize_int8
 
     if arguments.quantize:
         quantize_int8(pipeline)
-    if arguments.compile:
+    if not arguments.compile:
+        print("int8 is slower than float32 without --compile", file=sys.stderr)
+    else:
         try:
             compile_networks(pipeline)
+            print("compiling with the first pictures takes a minute or more; it pays for hundreds of them", file=sys.stderr)
         except (OSError, ImportError) as error:
             print(f"{error}; going on without --compile", file=sys.stderr)
 

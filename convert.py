@@ -62,8 +62,7 @@ def written_whole(target):
 
 def parse_arguments(argv):
     """The command line as a namespace; argparse ends the program with status 2 where a value is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a .pt of facebookresearch/DiT, or a pipeline or transformer folder")
     parser.add_argument("target", type=Path, help="the folder or the .pt to write; it must not be there yet")
     folder = parser.add_argument_group("for a .pt into a folder")
@@ -98,6 +97,8 @@ def to_folder(arguments):
           f"latents {config['in_channels']}x{config['sample_size']}x{config['sample_size']}, "
           f"{config['out_channels']} output channels; {numerics} numerics", flush=True)
     id2label = read_labels(arguments.id2label, config["num_embeds_ada_norm"])
+    if id2label is None:
+        print("no --id2label was given: the classes of this model have numbers and no names")
     vae = load_vae(arguments.vae, config["in_channels"]) if arguments.vae else None
 
     pipeline = DiTPipeline(transformer, vae, published_scheduler(), id2label)
@@ -130,6 +131,8 @@ def to_file(arguments):
     if any(transformer.config[key] != value for key, value in NUMERICS["original"].items()):
         print("note: this folder has diffusers' numerics, which a .pt does not keep: facebookresearch/DiT will compute "
               "slightly different numbers from the same weights")
+    if (arguments.source / "model_index.json").is_file():
+        print("note: a .pt keeps neither the VAE nor the class names; for the way back, keep them for --vae and --id2label")
     print(f"writing {sum(tensor.nbytes for tensor in state_dict.values()) / 1e9:.2f} GB", flush=True)
     with written_whole(arguments.target) as partial:
         torch.save(state_dict, partial)

@@ -34,7 +34,7 @@ def main(argv=None) -> int:
 
 def parse_arguments(argv):
     """The command line as a namespace; argparse ends the program with status 2 where a value is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=Path, required=True, metavar="DIR|NPZ")
     against = parser.add_mutually_exclusive_group(required=True)
     against.add_argument("--reference", type=Path, metavar="DIR|NPZ|STATS",

@@ -51,9 +51,8 @@ def run(arguments):
     from nets.pictures import contact_sheet, free_path, save_picture, slug
 
     check_class_ids(class_ids, pipeline.transformer.config.num_embeds_ada_norm)
-    channels = f" on {arguments.guidance_channels} channels" if arguments.guidance_channels else ""
-    print(f"model {arguments.model} · {device} {arguments.dtype} · {arguments.scheduler}, {arguments.steps} steps, "
-          f"guidance {arguments.guidance_scale:g}{channels} · seed {arguments.seed}", flush=True)
+    print(f"model {arguments.model} · {device} {arguments.dtype} · {command_line.in_words(arguments)} · "
+          f"seed {arguments.seed}", flush=True)
     lap("load")
     try:
         generator = torch.Generator().manual_seed(arguments.seed)
@@ -80,7 +79,7 @@ def run(arguments):
 
 def parse_arguments(argv):
     """The command line as a namespace; argparse ends the program with status 2 where a value is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="class names; without any, two are picked by the seed")
     command_line.add_picture_options(parser)
     parser.add_argument("--seed", type=command_line.whole_number(0, 2**63 - 1), default=42, help="0 or more (default 42)")
@@ -136,9 +135,13 @@ def list_classes(id2label, text):
     """Print the classes whose names contain the text: id, and for each name the spelling that means this class alone."""
     from nets.labels import spellings
 
-    for label, names in sorted(spellings(id2label).items()):
-        if text.casefold() in id2label[label].casefold():
-            print(f"{label:>4}  {', '.join(names)}")
+    found = [(label, names) for label, names in sorted(spellings(id2label).items())
+             if text.casefold() in id2label[label].casefold()]
+    for label, names in found:
+        print(f"{label:>4}  {', '.join(names)}")
+    if not found:
+        print(f"no class name of this model has {text!r} in it" if text else "this model has no class names",
+              file=sys.stderr)
 
 
 def recipe(arguments, class_ids, index, name):

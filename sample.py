@@ -1,8 +1,8 @@
 """Thousands of pictures into a folder, by one process or many, to be interrupted and taken up again at will.
 
     python sample.py --num 50000 --output runs/samples --npz
-    accelerate launch --num_processes 8 sample.py --num 50000 --output runs/samples --npz      # eight GPUs
-    torchrun --nproc_per_node 2 -- sample.py --device cpu --num 2000 --output runs/samples     # two processes on CPUs
+    accelerate launch --multi_gpu --num_processes 8 sample.py --num 50000 --output runs/samples    # eight GPUs
+    torchrun --nproc_per_node 2 -- sample.py --device cpu --num 2000 --output runs/samples         # two processes on CPUs
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main(argv=None) -> int:
 
 def parse_arguments(argv):
     """The command line as a namespace; argparse ends the program with status 2 where a value is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=command_line.whole_number(1, 10**8), required=True, help="how many pictures")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR",
                         help="a new or empty folder, or one to go on with")
@@ -98,8 +98,8 @@ def run(arguments):
         raise ValueError(refusal)
     if state.is_main_process:
         print(f"model {arguments.model} · {state.num_processes} x {arguments.device} {arguments.dtype} · "
-              f"{arguments.scheduler}, {arguments.steps} steps, guidance {arguments.guidance_scale:g} · seed "
-              f"{arguments.seed} · {len(missing)} of {arguments.num} pictures to make", flush=True)
+              f"{command_line.in_words(arguments)} · seed {arguments.seed} · "
+              f"{len(missing)} of {arguments.num} pictures to make", flush=True)
 
     mine = missing[state.process_index::state.num_processes]
     started = time.perf_counter()

@@ -25,7 +25,7 @@ def parse_arguments(argv=None, description=None):
     whole, positive, fraction = command_line.whole_number, command_line.positive_number, command_line.fraction
     argv = list(sys.argv[1:] if argv is None else argv)
     part = argv.pop(0) if argv and argv[0] in ("dit", "vae") else "dit"
-    parser = argparse.ArgumentParser(description=description, formatter_class=command_line.HelpFormatter,
+    parser = command_line.ArgumentParser(description=description, formatter_class=command_line.HelpFormatter,
                                      usage="python train.py [dit|vae] --data DIR --output DIR [options]; --help lists them")
     parser.add_argument("--data", type=named, required=True, metavar="DIR",
                         help="a folder per class, or fashion-mnist")

@@ -90,8 +90,8 @@ def is_quantized(pipeline: DiTPipeline) -> bool:
 def quantize_int8(pipeline: DiTPipeline) -> DiTPipeline:
     """Compute the matrices of attention and MLP in int8: weights a scale per row, activations a scale per token and step.
 
-    For a CPU, and fast only with `compile_networks` after it. A CPU without VNNI adds its products in pairs of 16 bits: there
-    weights have 7 bits, so that no pair overflows. `save_pretrained` refuses such a pipeline.
+    For a CPU, and fast only with `compile_networks` after it. A CPU without VNNI adds its products in pairs, of 16 bits:
+    there weights have 7 bits, so that no pair overflows. `save_pretrained` refuses such a pipeline.
     Raises ValueError on another device, ImportError without torchao.
     Source: torchao `Int8DynamicActivationInt8WeightConfig`; LLM.int8 (arXiv 2208.07339), without its outliers.
     """

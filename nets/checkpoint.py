@@ -7,6 +7,7 @@ copy in every block, and saves its fixed table of positions.
 import argparse
 import pathlib
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -59,6 +60,8 @@ def read_original(path: str | Path, weights: str = "ema") -> dict[str, torch.Ten
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load raises many kinds for damaged files
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"{path} cannot be read as weights: torch.save writes a zip file, and this is none") from error
         refused = re.search(r"Unsupported (?:global: GLOBAL|operand|class) (\S+)", str(error))
         reason = (f"it asks for {refused[1]}, and code in a file is not run" if refused else
                   str(error).strip().partition("\n")[0] or type(error).__name__)

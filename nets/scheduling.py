@@ -63,11 +63,15 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, spacing: str | None = N
 def use_preset(name: str, scheduler: SchedulerMixin) -> tuple[SchedulerMixin, dict]:
     """The scheduler of a preset, with the betas of a model's own, and the keyword arguments of the pipeline's call.
 
-    `pipe.scheduler, sampling = use_preset("fast", pipe.scheduler)`, then `pipe(ids, **sampling)`. Raises KeyError for a
-    name that is not in `PRESETS`.
+    `pipe.scheduler, sampling = use_preset("fast", pipe.scheduler)`, then `pipe(ids, **sampling)`. Where the timesteps lie
+    is the preset's too, whatever `scheduler` had. Raises ValueError for a name that is not in `PRESETS`.
     """
+    if name not in PRESETS:
+        raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
     sampling = dict(PRESETS[name])
-    return make_scheduler(sampling.pop("scheduler"), scheduler, sampling.pop("spacing", None)), sampling
+    spaced = {option for options in SPACINGS.values() for option in options}
+    unspaced = type(scheduler).from_config({key: value for key, value in scheduler.config.items() if key not in spaced})
+    return make_scheduler(sampling.pop("scheduler"), unspaced, sampling.pop("spacing", None)), sampling
 
 
 def published_scheduler(beta_schedule: str = "linear") -> DDIMScheduler:

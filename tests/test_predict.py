@@ -122,10 +122,17 @@ def test_a_name_of_imagenet_gets_the_way_to_its_model(capsys):
     (["--scheduler", "magic"], "magic"), (["--images-per-class", "0"], "0 is not in"), (["--dtype", "int4"], "int4"),
     (["--model", "no/such/folder"], "no/such/folder"), (["--device", "abacus", "--steps", "2"], "abacus"),
     (["--output-dir", "README.md"], "README.md"), (["--guidance-scale", "nan"], "nan"),
+    (["--guidance-interval", "5"], "5 is not LOW,HIGH"), (["--guidance-interval", "3,0"], "3,0 is not LOW,HIGH"),
 ])
 def test_wrong_values_are_named_and_end_with_status_2(arguments, named, capsys):
     status, out, error = run(capsys, "bag", *arguments)
     assert status == 2 and out == "" and named in error
+
+
+def test_a_wrong_option_gets_one_line():
+    done = subprocess.run([sys.executable, "predict.py", "--steps", "0"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "predict.py: argument --steps: 0 is not in 1..1000 (--help has all options)\n"
+    assert done.returncode == 2
 
 
 @pytest.mark.parametrize("changes", [{"scheduler": "magic"}, {"steps": "0"}, {"index": "7"}, {"class_ids": "8"},
@@ -172,6 +179,7 @@ def test_list_classes_prints_ids_and_names(capsys):
     status, out, _ = run(capsys, "--list-classes", "BOOT")
     assert status == 0 and out.split() == ["9", "ankle", "boot"]
     assert len(run(capsys, "--list-classes")[1].splitlines()) == 10
+    assert run(capsys, "--list-classes", "zebra") == (0, "", "no class name of this model has 'zebra' in it")
 
 
 def test_list_classes_shows_the_spelling_that_picks_each_class(capsys, tmp_path):
@@ -238,6 +246,8 @@ def test_a_preset_leaves_the_guidance_scale_to_the_user_and_its_picture_says_all
     steps = command_line.PRESETS[preset]["num_inference_steps"]
     status, out, _ = run(capsys, "bag", "--preset", preset, "--guidance-scale", 2, "--output-dir", tmp_path / "first")
     assert status == 0 and f"{steps} steps, guidance 2" in out
+    if preset == "fast":
+        assert "dpm (logsnr), 8 steps, guidance 2 at sigma 0 to 3 · seed 42" in out
     run(capsys, "--like", tmp_path / "first/bag-seed42.png", "--output-dir", tmp_path / "again")
     first, again = (np.asarray(Image.open(tmp_path / folder / "bag-seed42.png")) for folder in ("first", "again"))
     assert np.array_equal(first, again)

@@ -227,6 +227,20 @@ def test_a_preset_is_a_scheduler_and_arguments_of_the_call(name, pipeline):
     assert pipeline.num_timesteps == sampling["num_inference_steps"]
 
 
+def test_a_preset_after_another_is_what_it_is_alone(pipeline):
+    for first in PRESETS:
+        for then in PRESETS:
+            after, alone = (use_preset(then, before)[0] for before in (use_preset(first, pipeline.scheduler)[0],
+                                                                       pipeline.scheduler))
+            after.set_timesteps(7), alone.set_timesteps(7)
+            assert torch.equal(after.timesteps, alone.timesteps), (first, then)
+
+
+def test_an_unknown_preset_is_refused_with_the_names_of_those_that_are(pipeline):
+    with pytest.raises(ValueError, match=r"^there is no preset 'quick'; there are paper, reference, balanced"):
+        use_preset("quick", pipeline.scheduler)
+
+
 def test_presets_stay_as_near_to_250_steps_on_the_shipped_model_as_docs_speed_says(small_model):
     own = small_model.scheduler
 
