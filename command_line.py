@@ -9,7 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from nets.scheduling import PRESETS, SCHEDULERS, SPACINGS, make_scheduler
+from nets.scheduling import PRESETS, SCHEDULERS, SPACINGS, make_scheduler, unspaced
 
 MODEL_DATA = Path(__file__).resolve().parent / "model_data"
 SMALL_MODEL, XL_MODEL = "fashion-mnist-32", "DiT-XL-2-256"
@@ -205,7 +205,8 @@ def load_pipeline(folder, arguments, lap=lambda name: None):
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(f"cannot load model {arguments.model} on {device}: {first_line(error)}") from error
     try:
-        pipeline.scheduler = make_scheduler(arguments.scheduler, pipeline.scheduler, arguments.spacing)
+        own = unspaced(pipeline.scheduler) if arguments.preset else pipeline.scheduler
+        pipeline.scheduler = make_scheduler(arguments.scheduler, own, arguments.spacing)
     except ImportError as error:  # a package that this scheduler alone needs
         raise ValueError(f"--scheduler {arguments.scheduler} cannot run here: {' '.join(str(error).split())}") from error
     return pipeline, device
@@ -215,7 +216,7 @@ def quiet_diffusers():
     """Import diffusers without its warnings and bars; what matters of them is an error here.
 
     And, the first time, with the garbage collector off and what came frozen: it all stays, and to go through it again and
-    again, and once more at the exit, is a quarter of a short process's time.
+    again, and once more at the exit, is a fifth of a short process's time.
     """
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     for name in ("torchao", "torch.utils._pytree"):  # diffusers imports torchao where it is, which complains of its own
@@ -240,14 +241,15 @@ def speed_up(pipeline, arguments):
 
     if arguments.quantize:
         quantize_int8(pipeline)
-    if not arguments.compile:
-        print("int8 is slower than float32 without --compile", file=sys.stderr)
-    else:
+    if arguments.compile:
         try:
             compile_networks(pipeline)
-            print("compiling with the first pictures takes a minute or more; it pays for hundreds of them", file=sys.stderr)
+            print("compiling with the first pictures takes a while; it pays for hundreds of them", file=sys.stderr)
         except (OSError, ImportError) as error:
+            arguments.compile = False
             print(f"{error}; going on without --compile", file=sys.stderr)
+    if not arguments.compile and arguments.quantize:
+        print("int8 is slower than float32 without --compile", file=sys.stderr)
 
 
 def require_processes(started):

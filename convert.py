@@ -132,7 +132,8 @@ def to_file(arguments):
         print("note: this folder has diffusers' numerics, which a .pt does not keep: facebookresearch/DiT will compute "
               "slightly different numbers from the same weights")
     if (arguments.source / "model_index.json").is_file():
-        print("note: a .pt keeps neither the VAE nor the class names; for the way back, keep them for --vae and --id2label")
+        print("note: a .pt keeps neither the VAE nor the class names; the way back needs --vae, and --id2label if they are "
+              "not ImageNet's")
     print(f"writing {sum(tensor.nbytes for tensor in state_dict.values()) / 1e9:.2f} GB", flush=True)
     with written_whole(arguments.target) as partial:
         torch.save(state_dict, partial)

@@ -101,7 +101,7 @@ def quantize_int8(pipeline: DiTPipeline) -> DiTPipeline:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Tensor, quantize_
         from torchao.utils import should_reduce_range
     except ImportError as error:
-        raise ImportError("int8 needs torchao: pip install torchao") from error
+        raise ImportError("int8 needs torchao 0.18 or later: pip install -U torchao") from error
     config = Int8DynamicActivationInt8WeightConfig(reduce_range=should_reduce_range(pipeline._execution_device))
     quantize_(pipeline.transformer, config, filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and any(
         part in name for part in QUANTIZED))

@@ -57,11 +57,12 @@ def read_original(path: str | Path, weights: str = "ema") -> dict[str, torch.Ten
     try:
         with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath]):  # of a training checkpoint's `args`
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # torch.load raises many kinds for damaged files
         if not zipfile.is_zipfile(path):
-            raise ValueError(f"{path} cannot be read as weights: torch.save writes a zip file, and this is none") from error
+            raise ValueError(f"{path} cannot be read as weights: it is no zip file, as torch.save writes one since 1.6; "
+                             "if it is an older checkpoint, load it and save it anew") from error
         refused = re.search(r"Unsupported (?:global: GLOBAL|operand|class) (\S+)", str(error))
         reason = (f"it asks for {refused[1]}, and code in a file is not run" if refused else
                   str(error).strip().partition("\n")[0] or type(error).__name__)

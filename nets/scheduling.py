@@ -27,6 +27,7 @@ SCHEDULERS = {
 SPACINGS = {"leading": {"timestep_spacing": "leading"}, "linspace": {"timestep_spacing": "linspace"},
             "trailing": {"timestep_spacing": "trailing"}, "karras": {"use_karras_sigmas": True},
             "logsnr": {"use_lu_lambdas": True}}
+PLACING = ("timestep_spacing", "use_karras_sigmas", "use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas")
 # Time against quality, measured in docs/speed.md: a scheduler, its spacing, keyword arguments of the pipeline's call.
 # "paper" is the sampling that the DiT paper reports (section 4; improved diffusion's ancestral sampler).
 PRESETS = {
@@ -54,6 +55,7 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, spacing: str | None = N
         made = getattr(diffusers, SCHEDULERS[name]).from_config(config)
     if spacing is None:
         return made
+    made = unspaced(made)
     (option, value), = SPACINGS[spacing].items()
     if option not in inspect.signature(type(made).__init__).parameters:
         raise ValueError(f"{type(made).__name__} has no spacing {spacing!r}; leave it out")
@@ -69,9 +71,12 @@ def use_preset(name: str, scheduler: SchedulerMixin) -> tuple[SchedulerMixin, di
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
     sampling = dict(PRESETS[name])
-    spaced = {option for options in SPACINGS.values() for option in options}
-    unspaced = type(scheduler).from_config({key: value for key, value in scheduler.config.items() if key not in spaced})
-    return make_scheduler(sampling.pop("scheduler"), unspaced, sampling.pop("spacing", None)), sampling
+    return make_scheduler(sampling.pop("scheduler"), unspaced(scheduler), sampling.pop("spacing", None)), sampling
+
+
+def unspaced(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The same scheduler, with its timesteps where its class puts them."""
+    return type(scheduler).from_config({key: value for key, value in scheduler.config.items() if key not in PLACING})
 
 
 def published_scheduler(beta_schedule: str = "linear") -> DDIMScheduler:

@@ -176,7 +176,7 @@ def truncate(folder):
     (lambda folder: (folder / "out").write_text("mine"), ["--heads", 4], "is there already"),
     (lambda folder: (folder / "dit.pt").unlink(), ["--heads", 4], "there is no "),
     (truncate, ["--heads", 4], "cannot be read"),
-    (lambda folder: (folder / "dit.pt").write_text("<html>"), ["--heads", 4], "writes a zip file"),
+    (lambda folder: (folder / "dit.pt").write_text("<html>"), ["--heads", 4], "no zip file"),
     (lambda folder: torch.save(tiny_unet().state_dict(), folder / "dit.pt"), ["--heads", 4], "not a DiT"),
 ], ids=["no heads", "wrong heads", "no vae", "wrong vae", "few labels", "lists", "labels no json", "target there",
         "no source", "truncated", "a web page", "a unet"])

@@ -302,7 +302,7 @@ def test_without_a_compiler_it_says_so_and_makes_the_picture(capsys, tmp_path):
 def test_without_torchao_int8_is_refused_in_one_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     status, _, error = run(capsys, "bag", "--steps", 2, "--quantize", "int8", "--output-dir", tmp_path)
-    assert status == 2 and error.endswith("int8 needs torchao: pip install torchao")
+    assert status == 2 and error.endswith("int8 needs torchao 0.18 or later: pip install -U torchao")
 
 
 def test_a_hub_id_without_a_network_gets_one_line(capsys, monkeypatch, tmp_path):

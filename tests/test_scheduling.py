@@ -234,6 +234,13 @@ def test_a_preset_after_another_is_what_it_is_alone(pipeline):
                                                                        pipeline.scheduler))
             after.set_timesteps(7), alone.set_timesteps(7)
             assert torch.equal(after.timesteps, alone.timesteps), (first, then)
+    odd = make_scheduler("dpm", pipeline.scheduler)
+    odd = type(odd).from_config(odd.config, use_beta_sigmas=True, timestep_spacing="trailing")
+    for after, alone in zip((use_preset("reference", odd)[0], make_scheduler("dpm", odd, "logsnr")),
+                            (use_preset("reference", pipeline.scheduler)[0],
+                             make_scheduler("dpm", pipeline.scheduler, "logsnr"))):
+        after.set_timesteps(7), alone.set_timesteps(7)
+        assert torch.equal(after.timesteps, alone.timesteps)
 
 
 def test_an_unknown_preset_is_refused_with_the_names_of_those_that_are(pipeline):
