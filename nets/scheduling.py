@@ -27,6 +27,7 @@ SCHEDULERS = {
 SPACINGS = {"leading": {"timestep_spacing": "leading"}, "linspace": {"timestep_spacing": "linspace"},
             "trailing": {"timestep_spacing": "trailing"}, "karras": {"use_karras_sigmas": True},
             "logsnr": {"use_lu_lambdas": True}}
+# All of a config that says so.
 PLACING = ("timestep_spacing", "use_karras_sigmas", "use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas")
 # Time against quality, measured in docs/speed.md: a scheduler, its spacing, keyword arguments of the pipeline's call.
 # "paper" is the sampling that the DiT paper reports (section 4; improved diffusion's ancestral sampler).
