@@ -7,16 +7,16 @@ import dataclasses
 import importlib.util
 import os
 import shutil
+import warnings
 
 import torch
-
-from nets.pipeline import DiTPipeline
+from diffusers import DiffusionPipeline
 
 QUANTIZED = (".attn1.", ".ff.")  # the matrices of attention and MLP; the conditioning tower and the head stay as they are
 SHAPES = 64  # how many batch and picture sizes may be compiled for before torch.compile refuses the next
 
 
-def compile_networks(pipeline: DiTPipeline) -> DiTPipeline:
+def compile_networks(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """Compile the transformer and the VAE's decoder, each shape when a call first has it; once, on the pipeline's device.
 
     On a CPU one graph serves all blocks, so that the first picture comes soon; blocks of int8 are compiled one by one, with
@@ -44,6 +44,23 @@ def compile_networks(pipeline: DiTPipeline) -> DiTPipeline:
         if is_quantized(pipeline):
             pipeline.predict = with_constants(pipeline.predict)
     pipeline.vae.decoder.compile(**once)
+    return pipeline
+
+
+def compile_at_first_call(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """`compile_networks` with the first step of the first call, on the device where the pipeline is by then.
+
+    What cannot be compiled, or not here, stays eager; a warning, of one line, says why.
+    """
+    def predict(*arguments, **conditioning):
+        del pipeline.predict
+        try:
+            compile_networks(pipeline)
+        except (ImportError, OSError, ValueError) as error:
+            warnings.warn(f"not compiled: {error}", stacklevel=2)
+        return pipeline.predict(*arguments, **conditioning)
+
+    pipeline.predict = predict
     return pipeline
 
 
@@ -82,12 +99,12 @@ def require_compiler(device: torch.device):
         raise OSError("compiling for a CPU needs a C++ compiler: install g++, or name one in CXX") from error
 
 
-def is_quantized(pipeline: DiTPipeline) -> bool:
+def is_quantized(pipeline: DiffusionPipeline) -> bool:
     """Whether `quantize_int8` has changed this pipeline."""
     return getattr(pipeline.transformer, "quantized", False)
 
 
-def quantize_int8(pipeline: DiTPipeline) -> DiTPipeline:
+def quantize_int8(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """Compute the matrices of attention and MLP in int8: weights a scale per row, activations a scale per token and step.
 
     For a CPU, and fast only with `compile_networks` after it. A CPU without VNNI adds its products in pairs, of 16 bits:

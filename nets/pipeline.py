@@ -25,6 +25,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
+from nets.acceleration import compile_at_first_call
 from nets.guidance import guide, guided_steps, split_variance
 from nets.labels import check_class_ids, find_label_ids, label_table
 from nets.loading import CLASS_ON_DISK, find_folder, leave_out_defaults, load_parts
@@ -54,15 +55,18 @@ class DiTPipeline(DiffusionPipeline):
         self.labels = label_table(id2label)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, compile: bool = False, **kwargs):
         """As diffusers' `from_pretrained`, for a folder or a hub id; the transformer is always this library's.
 
+        With `compile` the first call compiles transformer and decoder, on the device where they are by then: the same
+        pictures up to rounding, the first of each batch size later and the others sooner (nets/acceleration.py).
         Raises OSError or ValueError, in one line, where a file is missing, damaged or of another network, or the hub is
         out of reach. Code in a file is never run: `.bin` weights are read with `weights_only=True`.
         """
         folder = find_folder(pretrained_model_name_or_path, **kwargs)
         parts = load_parts(folder, **kwargs)
-        return super().from_pretrained(folder, **{**kwargs, **parts})
+        pipeline = super().from_pretrained(folder, **{**kwargs, **parts})
+        return compile_at_first_call(pipeline) if compile else pipeline
 
     def save_config(self, save_directory, **kwargs):
         """Write `model_index.json`, in which the transformer has the name under which diffusers knows it."""

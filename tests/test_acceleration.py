@@ -29,8 +29,11 @@ def forget_graphs():
 
 
 @torch._dynamo.config.patch(recompile_limit=1)
-def test_compiled_it_makes_the_same_pictures_guided_and_not_and_in_many_shapes():
-    eager, compiled = tiny_pipeline(), compile_networks(tiny_pipeline())
+def test_compiled_it_makes_the_same_pictures_guided_and_not_and_in_many_shapes(tmp_path):
+    eager = tiny_pipeline()
+    eager.save_pretrained(tmp_path)
+    compiled = DiTPipeline.from_pretrained(tmp_path, compile=True)
+    assert compiled.vae.decoder._compiled_call_impl is None  # before it is on its device and called
     for options in ({}, {"guidance_interval": (0.5, 5)}, {"num_images_per_label": 2}):
         torch.testing.assert_close(pictures(compiled, **options), pictures(eager, **options), atol=2e-5, rtol=0)
     assert all(block._compiled_call_impl for block in compiled.transformer.transformer_blocks)
@@ -59,6 +62,17 @@ def test_without_a_compiler_it_says_so_and_changes_nothing():
           pytest.raises(OSError, match=r"compiling for a CPU needs a C\+\+ compiler: install g\+\+")):
         compile_networks(pipeline)
     assert pipeline.vae.decoder._compiled_call_impl is None
+
+
+def test_loaded_to_be_compiled_but_without_a_compiler_it_warns_once_and_makes_the_picture(tmp_path):
+    eager = tiny_pipeline()
+    eager.save_pretrained(tmp_path)
+    pipeline = DiTPipeline.from_pretrained(tmp_path, compile=True)
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.warns(UserWarning) as warned:
+        assert torch.equal(pictures(pipeline), pictures(eager))
+        pictures(pipeline)
+    assert [str(warning.message) for warning in warned] == [
+        "not compiled: compiling for a CPU needs a C++ compiler: install g++, or name one in CXX"]
 
 
 @torch._dynamo.config.patch(recompile_limit=1)
