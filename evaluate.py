@@ -100,6 +100,9 @@ def run(arguments):
     heads = [f"samples: {len(samples)}, {samples.name}",
              f"reference: {len(reference) or 'an unknown number'}, {reference.name}, {how}",
              f"features: {extractor.name}, {len(reference.mean)} numbers a picture, of pictures of {size[0]}x{size[1]}"]
+    if min(len(samples), len(reference) or len(samples)) <= len(reference.mean):
+        heads.append("few pictures: Frechet distances come out large of fewer pictures than numbers a picture, and papers "
+                     "take 50,000 of them")
     print("\n".join([*heads, "", *table(figures, len(samples))]), flush=True)
 
     results = {"samples": {"name": samples.name, "count": len(samples), "size": size},

@@ -88,6 +88,8 @@ def parse_arguments(argv=None, description=None):
                        help="steps between sheets of samples; 0 for none")
     watch.add_argument("--save-dtype", choices=("float32", "float16"), default="float32",
                        help="of the pipeline at the end")
+    for action in parser._actions if part == "vae" else ():
+        action.help = argparse.SUPPRESS if action.dest in OF_A_DIT else action.help
     absent = argparse.Namespace(part=part, **dict.fromkeys(OF_A_DIT))  # None stays where an option was not given
     arguments = parser.parse_args(argv, absent)
     given = [option for option in OF_A_DIT if getattr(arguments, option) is not None]

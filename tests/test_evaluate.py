@@ -76,7 +76,7 @@ def test_the_figures_are_those_of_the_metrics(sets, evaluated):
 
 def test_the_report_shows_table_sheets_and_classes(evaluated):
     report = (evaluated / "report.md").read_text()
-    for part in ("samples: 60", "reference: 80", "| Frechet distance |", "![samples](samples.png)",
+    for part in ("samples: 60", "reference: 80", "few pictures: ", "| Frechet distance |", "![samples](samples.png)",
                  "![nearest](nearest.png)", "five parts of 12", "| T-shirt, top | 6 |"):
         assert part in report
     sheet = np.asarray(Image.open(evaluated / "samples.png"))

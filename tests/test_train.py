@@ -340,6 +340,14 @@ def test_what_cannot_be_meant_is_said_by_the_parser(capsys):
         assert stop.value.code == 2 and named in capsys.readouterr().err
 
 
+def test_the_help_of_vae_leaves_out_the_options_of_a_dit(capsys):
+    for part, there in (([], True), (["vae"], False)):
+        with pytest.raises(SystemExit):
+            training_options.parse_arguments([*part, "--help"], "DESCRIPTION")
+        text = capsys.readouterr().out
+        assert "--learning-rate" in text and ("--min-snr" in text) == ("network:" in text) == there
+
+
 def test_init_with_a_network_of_another_latent_size_is_refused(data, latents, trained, tmp_path, capsys):
     tiny_pipeline(sample_size=16).save_pretrained(tmp_path / "other")
     assert run(data, tmp_path / "out", "--steps", 1, "--init", tmp_path / "other", "--size", 32, "--latents",
