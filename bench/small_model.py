@@ -58,12 +58,18 @@ def accuracy(features):
     return (features.logits.argmax(1) == features.labels).double().mean().item()
 
 
-def sample(pipeline, count, guidance_scale, steps, seed, batch_size=200, **options):
-    """`count` pictures, classes in turn: images (count, 3, 32, 32) in [-1, 1] and their class ids."""
+def sample(pipeline, count, guidance_scale, steps, seed, batch_size=50, **options):
+    """`count` pictures, classes in turn: images (count, 3, 32, 32) in [-1, 1] and their class ids.
+
+    Every 200 have their noise from a seed of their own, whatever the batch size.
+    """
     labels = torch.arange(count) % CLASSES
-    images = [pipeline(part, guidance_scale=guidance_scale, num_inference_steps=steps, output_type="pt",
+    noise = torch.cat([torch.randn(pipeline.latents_shape(len(part), None, None),
+                                   generator=torch.Generator().manual_seed(seed + index))
+                       for index, part in enumerate(labels.split(200))])
+    images = [pipeline(part, guidance_scale=guidance_scale, num_inference_steps=steps, output_type="pt", latents=latents,
                        generator=torch.Generator().manual_seed(seed + index), **options).images
-              for index, part in enumerate(labels.split(batch_size))]
+              for index, (part, latents) in enumerate(zip(labels.split(batch_size), noise.split(batch_size)))]
     return torch.cat(images).mul(255).round().div(127.5).sub(1), labels
 
 
