@@ -10,15 +10,17 @@ checkpoints, the log, TensorBoard's events and sheets of samples. `--resume` goe
 """
 
 import contextlib
+import datetime
 import importlib.util
 import shlex
 import sys
 from pathlib import Path
 
 if __package__:  # installed
-    from dit_verbs import command_line, training_options
+    from dit_verbs import command_line, training_networks, training_options
 else:
     import command_line
+    import training_networks
     import training_options
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -38,7 +40,7 @@ def run(arguments):
 
     command_line.quiet_diffusers()
     import torch
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     from nets.picture_sets import open_pictures
     from nets.run_folder import last_checkpoint, require_resumable
@@ -54,17 +56,20 @@ def run(arguments):
         hint = " (Debian: apt install dataset-fashion-mnist)" if data == FASHION_MNIST else ""
         raise OSError(f"there is no folder {data}{hint}")
     pictures = open_pictures(data, "train")
-    if pictures.labels is None:
-        raise ValueError(f"{data} has no classes; put its pictures into a folder per class"
+    if pictures.labels is None or not pictures.class_names:
+        raise ValueError(f"{data} has no classes with names; put its pictures into a folder per class"
                          f"{''.join(f' ({remark})' for remark in pictures.remarks)}")
+    # Processes wait for each other while one encodes more pictures, or samples a sheet.
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))
     accelerator = Accelerator(cpu=arguments.device == "cpu", mixed_precision=arguments.mixed_precision,
-                              log_with="tensorboard", project_dir=training)
+                              log_with="tensorboard", project_dir=training, kwargs_handlers=[patience])
     command_line.require_processes(accelerator.num_processes)
     require_parts(arguments.batch_size, accelerator.num_processes, arguments.accumulate)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(arguments.seed)
     try:
-        with held(training) if accelerator.is_main_process else contextlib.nullcontext():
+        with contextlib.ExitStack() as holding:
+            in_first_process(accelerator, lambda: holding.enter_context(held(training)))
             for remark in pictures.remarks:
                 accelerator.print(f"left out: {remark}")
             if arguments.resume and last_checkpoint(training) is None:
@@ -74,6 +79,21 @@ def run(arguments):
     except torch.OutOfMemoryError as error:
         raise ValueError(f"too little memory on {accelerator.device}: try --accumulate {2 * arguments.accumulate}, "
                          "--gradient-checkpointing or --mixed-precision bf16") from error
+
+
+def in_first_process(accelerator, action):
+    """Do something in the first process alone; what it refuses is raised in all of them."""
+    from accelerate.utils import broadcast_object_list
+
+    refusal = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except (OSError, ValueError) as error:
+            refusal = [error]
+    (error,) = broadcast_object_list(refusal)
+    if error:
+        raise error
 
 
 def train_dit(arguments, accelerator, pictures, training):
@@ -89,13 +109,15 @@ def train_dit(arguments, accelerator, pictures, training):
     from nets.scheduling import published_scheduler
     from nets.training import fit
 
-    initial, vae, names, schedule = load_networks(arguments)
-    side = side_of_pictures(arguments, pictures, initial, vae)
+    initial, vae, names, schedule = training_networks.load_networks(arguments)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels a latent is wide
+    side = training_networks.side_of_pictures(arguments, pictures, initial, factor)
     options = loop_options(arguments, pictures=pictures.mark[:12], vae=fingerprint(vae)[:12], side=side,
                            scaling_factor=vae.config.scaling_factor)
     require_same_run(training, options["settings"], arguments.steps)
+    shape = (vae.config.latent_channels, side // factor, side // factor)
+    transformer = training_networks.make_transformer(arguments, initial, names, shape, pictures.class_names, accelerator)
     latents = make_latents(arguments, accelerator, pictures, side, vae, training)
-    transformer = make_transformer(arguments, initial, names, latents, accelerator)
     count = sum(parameter.numel() for parameter in transformer.parameters())
     introduce(arguments, accelerator, len(latents.labels), len(latents.class_names), side, count)
     say_what_the_vae_does(vae.to(accelerator.device), pictures, side, accelerator)
@@ -110,6 +132,7 @@ def train_dit(arguments, accelerator, pictures, training):
         path = training / "samples" / f"{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         sheet = write_sheet(make_pipeline(network).to(accelerator.device), path)
+        open_tensorboard(accelerator)
         accelerator.get_tracker("tensorboard", unwrap=True).add_image("samples", sheet, step, dataformats="HWC")
 
     kernel = attention_kernel(latents, accelerator.device)
@@ -150,67 +173,29 @@ def say_what_the_vae_does(vae, pictures, side, accelerator):
                           "pictures with train.py vae", file=sys.stderr)
 
 
-def load_networks(arguments):
-    """The transformer of --init or None, the VAE, the class names of --init, and the betas as schedulers call them."""
-    import torch
-    from diffusers import AutoencoderKL
-
-    from nets import DiTPipeline
-    from nets.checkpoint import from_original, read_config, read_original
-    from nets.loading import find_folder, load_exactly
-
-    transformer = vae = names = None
-    schedule = "linear"
-    if arguments.init and arguments.init.endswith(".pt"):
-        state_dict = read_original(arguments.init)
-        transformer = from_original(state_dict, read_config(state_dict)).float()
-    elif arguments.init:
-        folder, names = command_line.find_model(arguments.init)
-        pipeline = DiTPipeline.from_pretrained(folder, dtype=torch.float32)
-        transformer, vae = pipeline.transformer, pipeline.vae
-        schedule = pipeline.scheduler.config.beta_schedule
-    if arguments.betas:
-        schedule = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[arguments.betas]
-    if arguments.vae:
-        folder = command_line.MODEL_DATA / arguments.vae
-        folder = folder if folder.is_dir() else find_folder(arguments.vae, ["*.json", "*.safetensors"])
-        folder = folder / "vae" if (folder / "vae").is_dir() else folder
-        vae = load_exactly(AutoencoderKL, folder, dtype=torch.float32)
-        vae.register_to_config(_name_or_path=folder.name)  # else the config tells the path on this machine
-    if vae is None:
-        raise ValueError(f"--init {arguments.init} has no VAE in it; give --vae FOLDER_OR_ID")
-    return transformer, vae.eval().requires_grad_(False), names, schedule
-
-
-def side_of_pictures(arguments, pictures, initial, vae):
-    """The side in pixels that pictures get. Raises ValueError, in one line, for one that cannot be cut into patches."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    step = factor * (initial.config.patch_size if initial else arguments.patch)
-    side = arguments.size or (initial.config.sample_size * factor if initial else
-                              min(256, pictures.smallest_side()) // step * step)
-    if side % step or not side:
-        raise ValueError(f"--size {side} is no multiple of {step}: this VAE shrinks pictures by {factor}, and the network "
-                         f"cuts that into patches of {step // factor}")
-    return side
-
-
 def make_latents(arguments, accelerator, pictures, side, vae, training):
     """The latents of all pictures, from their folder or encoded now, each process its share."""
     from tqdm import tqdm
 
     from nets.latents import encode_shard, load_latents, missing_shards, open_latents_folder
+    from nets.sampling import held
 
     folder = arguments.latents or training / "latents"
-    if accelerator.is_main_process:
-        open_latents_folder(folder, pictures, vae, (side, side), arguments.flip)
-    accelerator.wait_for_everyone()
-    missing = missing_shards(folder, pictures.count, accelerator.process_index, accelerator.num_processes)
-    if missing:
-        vae.to(accelerator.device)
-        with tqdm(desc="latents", unit="picture", disable=not accelerator.is_main_process) as bar:
-            for number in missing:
-                encode_shard(folder, number, pictures, vae, (side, side), arguments.flip, arguments.strict, done=bar.update)
-    accelerator.wait_for_everyone()
+    with contextlib.ExitStack() as holding:
+        def open_folder():
+            open_latents_folder(folder, pictures, vae, (side, side), arguments.flip)
+            if missing_shards(folder, pictures.count):
+                holding.enter_context(held(folder))
+
+        in_first_process(accelerator, open_folder)
+        missing = missing_shards(folder, pictures.count, accelerator.process_index, accelerator.num_processes)
+        if missing:
+            vae.to(accelerator.device)
+            with tqdm(desc="latents", unit="picture", disable=not accelerator.is_main_process) as bar:
+                for number in missing:
+                    encode_shard(folder, number, pictures, vae, (side, side), arguments.flip, arguments.strict,
+                                 done=bar.update)
+        accelerator.wait_for_everyone()
     latents = load_latents(folder, arguments.strict)
     report_skipped(latents.skipped, accelerator)
     return latents
@@ -221,32 +206,6 @@ def report_skipped(errors, accelerator):
     if accelerator.is_main_process:
         for error in errors:
             print(f"left out: {error}", file=sys.stderr)
-
-
-def make_transformer(arguments, initial, names, latents, accelerator):
-    """A new transformer for these latents, or the `initial` one with a label table for these classes."""
-    from nets import Transformer2DModel
-    from nets.finetuning import for_latents, freeze_below
-
-    channels, side = latents.shape[0], latents.shape[-1]
-    if initial is None:
-        transformer = Transformer2DModel(
-            num_attention_heads=arguments.heads, attention_head_dim=arguments.width // arguments.heads,
-            num_layers=arguments.depth, patch_size=arguments.patch, sample_size=side, in_channels=channels,
-            out_channels=channels * (2 if arguments.variance == "learned" else 1),
-            num_embeds_ada_norm=len(latents.class_names))
-    else:
-        transformer = for_latents(initial, latents, names)
-        accelerator.print(f"going on from {arguments.init}: "
-                          + ("all of it" if transformer is initial else "all but the label table, which starts anew"))
-    freeze_below(transformer, arguments.freeze_below)
-    for block in transformer.transformer_blocks:
-        block.norm1.emb.class_embedder.dropout_prob = 0.0  # the objective drops labels itself
-    if arguments.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if arguments.compile:
-        transformer.compile_repeated_blocks()
-    return transformer
 
 
 def train_vae(arguments, accelerator, pictures, training):
@@ -296,6 +255,12 @@ def loop_options(arguments, **more_settings):
             "learning_rate": lambda step: learning_rate_at(step, arguments.learning_rate, arguments.warmup_steps, cosine)}
 
 
+def open_tensorboard(accelerator):
+    """Begin TensorBoard's file, if it has not been; with the first number, so that a run that is refused leaves none."""
+    if not accelerator.trackers:
+        accelerator.init_trackers("tensorboard")
+
+
 @contextlib.contextmanager
 def progress(arguments, accelerator, training):
     """A bar with loss and pictures a second, and TensorBoard; gives what `fit` is to report to."""
@@ -307,8 +272,7 @@ def progress(arguments, accelerator, training):
     first = int(found.name.rpartition("-")[2]) if found else 0
 
     def report(record):
-        if not accelerator.trackers:  # only now, so that a run that is refused leaves no file
-            accelerator.init_trackers("tensorboard")
+        open_tensorboard(accelerator)
         rate = arguments.batch_size / record["seconds_per_step"]
         bar.update(record["step"] - bar.n)
         bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} pictures/s")

@@ -77,7 +77,8 @@ def reconstruct_some(vae: AutoencoderKL, pictures: PictureSet, side: int,
         with contextlib.suppress(OSError):
             shown.append(in_model_range(pictures, [index], side))
     images = torch.cat(shown).to(vae.device)
-    return images, vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
+    decoded = [vae.decode(vae.encode(image).latent_dist.mean).sample for image in images.split(1)]
+    return images, torch.cat(decoded).clamp(-1, 1)
 
 
 def in_model_range(pictures: PictureSet, indices, side: int) -> torch.Tensor:

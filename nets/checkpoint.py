@@ -97,7 +97,8 @@ def read_config(state_dict: dict[str, torch.Tensor], heads: int | None = None, n
     depth = len({key.split(".")[1] for key in state_dict if key.startswith("blocks.")})
     heads = HEADS.get((dim, depth)) if heads is None else heads
     if heads is None:
-        raise ValueError(f"width {dim} and depth {depth} are no published size; say how many attention heads it has")
+        raise ValueError(f"width {dim} and depth {depth} are no published size; say how many attention heads it has: "
+                         "convert.py --heads N makes a folder of it")
     if heads < 1 or dim % heads:
         raise ValueError(f"a width of {dim} cannot be split into {heads} heads")
     return {"num_attention_heads": heads, "attention_head_dim": dim // heads, "num_layers": depth,

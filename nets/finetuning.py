@@ -2,7 +2,6 @@
 
 import torch
 
-from nets.latents import Latents
 from nets.transformer_2d import Transformer2DModel
 
 
@@ -20,19 +19,20 @@ def with_classes(model: Transformer2DModel, classes: int) -> Transformer2DModel:
     return other.train(model.training)
 
 
-def for_latents(model: Transformer2DModel, latents: Latents, class_names: dict[int, str] | None) -> Transformer2DModel:
-    """A trained network for these latents: as it is if it knows their classes, `class_names`, else with a new label table.
+def for_latents(model: Transformer2DModel, shape: tuple[int, int, int], class_names: dict[int, str],
+                known: dict[int, str] | None) -> Transformer2DModel:
+    """A trained network for latents of `shape`, (channels, height, width), and these classes.
 
-    Where it is not known what its classes are called, as in a `.pt`, an equal number of them are the same ones.
+    It is as it was if the classes that it knows, `known`, are the same, else it has a new label table. Where it is not
+    known what its classes are called, as in a `.pt`, an equal number of them are the same ones.
     Raises ValueError, in one line, for latents of another size.
     """
-    found, wanted = (model.config.in_channels, model.config.sample_size), (latents.shape[0], latents.shape[-1])
+    found, wanted = (model.config.in_channels, model.config.sample_size), (shape[0], shape[-1])
     if found != wanted:
         raise ValueError(f"--init was trained on latents of {found[0]} channels and side {found[1]}, and these have "
                          f"{wanted[0]} and {wanted[1]}; choose another --size or --vae")
-    known = class_names == latents.class_names if class_names else \
-        model.config.num_embeds_ada_norm == len(latents.class_names)
-    return model if known else with_classes(model, len(latents.class_names))
+    same = known == class_names if known else model.config.num_embeds_ada_norm == len(class_names)
+    return model if same else with_classes(model, len(class_names))
 
 
 def freeze_below(model: Transformer2DModel, block: int):

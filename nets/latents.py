@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from nets.loading import fingerprint, write_tensors
@@ -19,6 +19,7 @@ from nets.picture_sets import PictureSet
 from nets.sampling import write_whole
 
 DESCRIPTION, SHARD = "latents.json", 2048
+ENCODED_PIXELS = 32 * 256**2  # how much is encoded at a time
 
 
 @dataclass
@@ -73,6 +74,9 @@ def open_latents_folder(folder: Path, pictures: PictureSet, vae: AutoencoderKL, 
         other = [key for key in wanted if wanted[key] != found.get(key)]
         if other:
             raise ValueError(f"{folder} has latents of other {', '.join(other)}; remove it, or choose another folder")
+        return
+    if any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} has latents, but no {DESCRIPTION} that says of what; remove it, or choose another one")
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(wanted, indent=2).encode() + b"\n")
 
@@ -87,12 +91,13 @@ def missing_shards(folder: Path, count: int, rank: int = 0, processes: int = 1) 
 
 @torch.inference_mode()
 def encode_shard(folder: Path, number: int, pictures: PictureSet, vae: AutoencoderKL, size: tuple[int, int], flip: bool,
-                 strict: bool = False, batch_size: int = 32, done: Callable[[int], None] = lambda count: None):
+                 strict: bool = False, batch_size: int | None = None, done: Callable[[int], None] = lambda count: None):
     """Encode the pictures of one shard and write it; the file appears whole or not at all.
 
-    Pictures that cannot be read are left out and their errors kept, or with `strict` raised as OSError. `done` hears of
-    each batch's size.
+    Pictures that cannot be read are left out and their errors kept, or with `strict` raised as OSError. A batch is 32
+    pictures, or fewer where they are large; `done` hears of each one's size.
     """
+    batch_size = batch_size or min(32, max(1, ENCODED_PIXELS // (size[0] * size[1])))
     moments, numbers, skipped = [], [], []
     shard = range(number * SHARD, min((number + 1) * SHARD, pictures.count))
     for start in range(0, len(shard), batch_size):
@@ -127,13 +132,17 @@ def load_latents(folder: Path, strict: bool = False) -> Latents:
     if missing:
         raise ValueError(f"{folder} is not finished: {len(missing)} shards are missing")
     paths = [shard_path(folder, number) for number in range(-(-description["count"] // SHARD))]
-    skipped = []
+    skipped, shards = [], []
     for path in paths:
-        with safe_open(path, "pt") as file:
-            skipped += json.loads(file.metadata()["skipped"])
+        try:
+            with safe_open(path, "pt") as file:
+                skipped += json.loads(file.metadata()["skipped"])
+            shards.append(load_file(path))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it, and it is made again") from error
     if strict and skipped:
         raise ValueError(skipped[0])
-    shards = [shard for shard in map(load_file, paths) if "mean" in shard]
+    shards = [shard for shard in shards if "mean" in shard]
     if not shards:
         raise ValueError(f"none of the pictures could be read; the first: {skipped[0]}")
     return Latents(shards, torch.cat([shard["labels"] for shard in shards]),

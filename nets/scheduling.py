@@ -93,6 +93,21 @@ def published_scheduler(beta_schedule: str = "linear") -> DDIMScheduler:
                          prediction_type="epsilon")
 
 
+def find_schedule(scheduler: SchedulerMixin) -> str:
+    """The `beta_schedule` of `published_scheduler` that has the betas of this one.
+
+    Raises ValueError, in one line, for other betas, and for models that do not predict noise.
+    """
+    found = getattr(scheduler, "alphas_cumprod", None)
+    for schedule in ("linear", "squaredcos_cap_v2"):
+        wanted = published_scheduler(schedule).alphas_cumprod
+        same = found is not None and found.shape == wanted.shape and (found - wanted).abs().max() < 1e-4
+        if same and scheduler.config.prediction_type == "epsilon":
+            return schedule
+    raise ValueError(f"{type(scheduler).__name__} has not DiT's linear betas or the cosine ones, or is for another "
+                     "prediction than noise")
+
+
 def paper_scheduler(scheduler: SchedulerMixin) -> DDPMScheduler:
     """The paper's sampler with the betas of a model's scheduler: DDPM, evenly spaced, with the learned variance."""
     from diffusers import DDPMScheduler

@@ -95,7 +95,7 @@ def fit(model: torch.nn.Module, make_batch: Callable[[int], dict[str, torch.Tens
     found = last_checkpoint(folder)
     if found is not None:
         state = load_checkpoint(found, bare, average, optimizer)
-        if state["scaler"]:  # fp16's factor of the loss
+        if state["scaler"] and accelerator.scaler:  # fp16's factor of the loss
             accelerator.scaler.load_state_dict(state["scaler"])
     if changes:
         state["changes"].append(f"from step {state['step']} on: {', '.join(changes.values())}")

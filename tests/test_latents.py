@@ -103,6 +103,25 @@ def test_latents_of_something_else_are_refused(change, folder, tmp_path):
     assert (tmp_path / "latents/latents.json").read_bytes() == before
 
 
+def test_shards_that_nobody_describes_or_that_are_damaged_are_refused(folder, tmp_path):
+    encode(folder, tmp_path / "latents", tiny_vae())
+    shard = tmp_path / "latents/00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"00001\.safetensors is damaged \(.*\); remove it, and it is made again"):
+        load_latents(tmp_path / "latents")
+    (tmp_path / "latents/latents.json").unlink()
+    with pytest.raises(ValueError, match=r"has latents, but no latents\.json that says of what; remove it"):
+        encode(folder, tmp_path / "latents", tiny_vae())
+
+
+def test_a_batch_is_as_many_pictures_as_there_is_room_for(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(nets.latents, "ENCODED_PIXELS", 2 * 16**2)
+    counts, pictures = [], open_pictures(folder)
+    open_latents_folder(tmp_path / "latents", pictures, tiny_vae(), SIZE, False)
+    encode_shard(tmp_path / "latents", 0, pictures, tiny_vae(), SIZE, False, done=counts.append)
+    assert counts == [2, 2]
+
+
 def test_with_strict_a_broken_picture_is_an_error_that_names_it(folder, tmp_path):
     with pytest.raises(OSError, match=r"cannot read the picture .*3\.png"):
         encode(folder, tmp_path / "latents", tiny_vae(), strict=True)

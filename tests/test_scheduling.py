@@ -9,9 +9,11 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from nets.scheduling import (
     PRESETS,
     SCHEDULERS,
+    find_schedule,
     learns_variance,
     make_scheduler,
     paper_scheduler,
+    published_scheduler,
     set_timesteps,
     use_preset,
 )
@@ -241,6 +243,17 @@ def test_a_preset_after_another_is_what_it_is_alone(pipeline):
                              make_scheduler("dpm", pipeline.scheduler, "logsnr"))):
         after.set_timesteps(7), alone.set_timesteps(7)
         assert torch.equal(after.timesteps, alone.timesteps)
+
+
+def test_the_betas_of_a_scheduler_are_known_by_their_values():
+    assert find_schedule(diffusers.DDPMScheduler.from_config(published_scheduler().config)) == "linear"
+    trained = diffusers.DDIMScheduler(trained_betas=published_scheduler("squaredcos_cap_v2").betas.tolist())
+    assert find_schedule(trained) == "squaredcos_cap_v2"
+    for other in (diffusers.DDIMScheduler(beta_schedule="scaled_linear"), diffusers.DDIMScheduler(beta_end=0.012),
+                  diffusers.DDIMScheduler(num_train_timesteps=100), diffusers.FlowMatchEulerDiscreteScheduler(),
+                  diffusers.DDIMScheduler(prediction_type="v_prediction")):
+        with pytest.raises(ValueError, match=type(other).__name__):
+            find_schedule(other)
 
 
 def test_an_unknown_preset_is_refused_with_the_names_of_those_that_are(pipeline):

@@ -22,6 +22,10 @@ import train
 import training_options
 from nets import DiTPipeline, Transformer2DModel
 from nets.checkpoint import to_original
+from nets.diffusion import GaussianDiffusion, cosine_betas
+from nets.latents import load_latents
+from nets.objectives import denoise
+from nets.sampling import held
 
 LOOP = ["--device", "cpu", "--batch-size", "20", "--learning-rate", "3e-3", "--log-every", "5"]
 TINY = ["--width", "32", "--depth", "2", "--heads", "2", "--patch", "2", "--vae", SMALL_MODEL, *LOOP]
@@ -195,14 +199,16 @@ def test_what_is_asked_for_reaches_the_loop(data, latents, trained, tmp_path, mo
     heard = {}
 
     def listen(model, make_batch, loss_of_batch, accelerator, folder, settings, **options):
-        heard.update(options, model=model, make_batch=make_batch, accelerator=accelerator, settings=settings)
+        heard.update(options, model=model, make_batch=make_batch, loss_of_batch=loss_of_batch, accelerator=accelerator,
+                     settings=settings)
         raise OSError("heard enough")
     monkeypatch.setattr("nets.training.fit", listen)
     asked = {"steps": 7, "weight_decay": 0.1, "beta2": 0.95, "clip": 0.3, "accumulate": 2, "ema_decay": 0.5,
              "save_every": 3, "keep": 4, "log_every": 6, "sample_every": 8}
     options = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", value)]
     assert run(data, tmp_path / "out", *options, "--latents", latents, "--warmup-steps", 2, "--decay", "cosine",
-               "--label-dropout", 1, "--gradient-checkpointing", "--mixed-precision", "bf16", "--freeze-below", 1) == 2
+               "--label-dropout", 1, "--gradient-checkpointing", "--mixed-precision", "bf16", "--freeze-below", 1,
+               "--seed", 3, "--betas", "cosine", "--min-snr", 5) == 2
     assert {name: heard[name] for name in asked} == asked
     assert [heard["learning_rate"](step) for step in (0, 7)] == [1.5e-3, 0]
     assert heard["accelerator"].mixed_precision == "bf16" and heard["model"].gradient_checkpointing
@@ -213,6 +219,10 @@ def test_what_is_asked_for_reaches_the_loop(data, latents, trained, tmp_path, mo
     moments = load_file(latents / "00000.safetensors")
     second = moments["mean"].square().mean() + moments["logvar"].exp().mean()  # of a posterior sample
     assert batch["latents"].square().mean() == pytest.approx((second * scale**2).item(), rel=0.2)
+    wanted_batch, wanted_loss = denoise(load_latents(latents), GaussianDiffusion(cosine_betas()), scale, 20, 3, 1.0, 5.0)
+    assert all(torch.equal(batch[name], tensor) for name, tensor in wanted_batch(0).items())
+    network = heard["model"].eval()
+    assert torch.equal(heard["loss_of_batch"](network, batch)[0], wanted_loss(network, batch)[0])
     assert heard["settings"]["pictures"] and heard["settings"]["vae"]
 
 
@@ -293,6 +303,51 @@ def test_a_finished_folder_is_not_trained_over_and_other_settings_are_refused(da
     assert "beta2 0.999 there and 0.9 now" in capsys.readouterr().err
     assert run(data, trained, "--steps", 20, "--latents", latents, "--resume") == 2
     assert "checkpoint-00000030 is past --steps 20" in capsys.readouterr().err
+
+
+def test_gone_on_with_it_writes_a_sheet_before_the_first_line_of_the_log(data, latents, tmp_path):
+    options = ["--latents", latents, "--log-every", 50, "--sample-every", 3]
+    assert run(data, tmp_path, "--steps", 2, *options) == 0
+    assert run(data, tmp_path, "--steps", 4, *options, "--resume") == 0
+    assert (tmp_path / "training/samples/00000003.png").is_file()
+
+
+def test_what_does_not_fit_is_refused_before_any_picture_is_encoded(data, tmp_path, capsys):
+    odd = tiny_pipeline()
+    odd.scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear")
+    odd.save_pretrained(tmp_path / "odd")
+    shutil.copytree(SMALL_MODEL / "vae", tmp_path / "means")
+    config = json.loads((tmp_path / "means/config.json").read_text())
+    (tmp_path / "means/config.json").write_text(json.dumps({**config, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}))
+    np.savez(tmp_path / "numbers.npz", np.zeros((9, 32, 32, 3), np.uint8), np.arange(9))
+    for options, named in (
+            (["--init", tmp_path / "odd", *LOOP], "has not DiT's linear betas or the cosine ones, or is for another"),
+            (["--vae", tmp_path / "means", *LOOP], "its latents_mean and latents_std are not undone here"),
+            (["--freeze-below", 9, *TINY], "blocks below 9"),
+            (["--init", SMALL_MODEL, "--size", 40, *LOOP], "--init was trained on latents of 4 channels and side 8"),
+            (["--data", tmp_path / "numbers.npz", *TINY], "has no classes with names")):
+        assert run(data, tmp_path / "out", *options, tiny=[]) == 2
+        assert named in capsys.readouterr().err.splitlines()[-1] and not list(tmp_path.rglob("out/**/*.safetensors"))
+
+
+def test_a_vaes_shift_is_left_out_on_both_sides(data, tmp_path):
+    shutil.copytree(SMALL_MODEL / "vae", tmp_path / "shifted")
+    config = json.loads((tmp_path / "shifted/config.json").read_text())
+    (tmp_path / "shifted/config.json").write_text(json.dumps({**config, "shift_factor": 0.5}))
+    assert run(data, tmp_path / "out", *TINY, "--vae", tmp_path / "shifted", "--steps", 1, tiny=[]) == 0
+    assert json.loads((tmp_path / "out/vae/config.json").read_text())["shift_factor"] is None
+
+
+def test_latents_that_another_run_writes_are_waited_for(data, tmp_path, capsys):
+    with held(tmp_path / "latents"):
+        assert run(data, tmp_path / "out", "--steps", 1, "--latents", tmp_path / "latents") == 2
+    assert "another run is at work in" in capsys.readouterr().err
+
+
+def test_without_a_compiler_it_says_so_and_trains(data, latents, tmp_path, capsys):
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert run(data, tmp_path / "out", "--steps", 1, "--latents", latents, "--compile") == 0
+    assert "install g++, or name one in CXX; going on without --compile" in capsys.readouterr().err
 
 
 def test_a_run_is_not_gone_on_with_on_other_pictures(data, trained, tmp_path, capsys):

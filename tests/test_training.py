@@ -153,6 +153,13 @@ def test_the_loss_scale_of_fp16_is_gone_on_with(tmp_path):
     assert equal(whole, cut)
 
 
+def test_a_run_in_fp16_can_be_gone_on_with_in_another_precision(tmp_path):
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(tmp_path, batches=dies_at(13), scaler=torch.amp.GradScaler("cpu"))
+    train(tmp_path, resume=True)
+    assert json.loads((last_checkpoint(tmp_path) / "state.json").read_text())["scaler"] is None
+
+
 def test_the_time_of_a_sheet_is_not_that_of_the_steps(tmp_path):
     train(tmp_path, 10, sample_every=6, sample=lambda step, average: time.sleep(1))
     assert log(tmp_path)[-1]["seconds_per_step"] < 0.1
