@@ -59,7 +59,8 @@ def load(mode, folder, device, dtype):
     pipeline.set_progress_bar_config(disable=True)
     for change in MODES[mode]:
         if mode == "upstream-compile":
-            pipeline.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+            for block in pipeline.transformer.transformer_blocks:
+                block.compile(fullgraph=True, dynamic=False)
             pipeline.vae.decoder.compile(fullgraph=True, dynamic=False)
         else:
             from nets import acceleration
