@@ -50,7 +50,8 @@ def compile_networks(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 def compile_at_first_call(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """`compile_networks` with the first step of the first call, on the device where the pipeline is by then.
 
-    What cannot be compiled, or not here, stays eager; a warning, of one line, says why.
+    Where `compile_networks` refuses, it stays eager, and a warning of one line says why; what fails later, while a shape is
+    compiled, is torch's own error.
     """
     def predict(*arguments, **conditioning):
         del pipeline.predict
