@@ -126,7 +126,8 @@ def to_file(arguments):
     from nets.checkpoint import NUMERICS, to_original
     from nets.loading import load_exactly, stored_dtype
 
-    transformer = load_exactly(Transformer2DModel, folder, dtype=stored_dtype(folder), variant=arguments.variant)
+    transformer = load_exactly(Transformer2DModel, folder, dtype=stored_dtype(folder, arguments.variant),
+                               variant=arguments.variant)
     state_dict = to_original(transformer)
     if any(transformer.config[key] != value for key, value in NUMERICS["original"].items()):
         print("note: this folder has diffusers' numerics, which a .pt does not keep: facebookresearch/DiT will compute "

@@ -7,6 +7,7 @@ A folder is `model_index.json`, `transformer/`, `vae/` and `scheduler/`, as diff
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import diffusers
@@ -68,8 +69,7 @@ def load_part(folder: Path, name: str, named: list | None, variant: str | None =
                          "diffusers")
     if not (folder / name).is_dir():
         raise OSError(f"{folder} has no folder {name}/; put it there, or pass {name}=... to from_pretrained")
-    has_variant = variant and any(f".{variant}." in file.name or f".{variant}-" in file.name
-                                  for file in (folder / name).iterdir())
+    has_variant = variant and weight_files(folder / name, variant)
     dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
     if isinstance(dtype, dict):
         dtype = dtype.get(name, dtype.get("default"))
@@ -96,10 +96,17 @@ def load_exactly(model_class: type[ModelMixin], folder: Path, **kwargs) -> Model
     return model
 
 
-def stored_dtype(folder: Path) -> torch.dtype | None:
-    """The dtype in which a network's folder keeps its weights; None if it has no weights."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    return next((tensor.dtype for file in files for tensor in load_state_dict(str(file)).values()), None)
+def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype | None:
+    """The dtype in which a network's folder keeps the weights of that variant; None if it has none of it."""
+    tensors = (tensor for file in weight_files(folder, variant) for tensor in load_state_dict(str(file)).values())
+    return next((tensor.dtype for tensor in tensors), None)
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The files of a network's weights: those of the variant alone, or those that are of no variant."""
+    of_variant = re.compile(r"diffusion_pytorch_model[^.]*" + (rf"\.{re.escape(variant)}(-\d+-of-\d+)?" if variant else ""))
+    return [file for kind in (".safetensors", ".bin") for file in sorted(folder.glob(f"*{kind}"))
+            if of_variant.fullmatch(file.name.removesuffix(kind))]
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None):

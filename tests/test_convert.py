@@ -91,7 +91,7 @@ def test_a_vae_and_labels_make_a_whole_pipeline(checkpoint, tmp_path):
 def test_a_vae_put_beside_it_later_is_found_and_until_then_the_error_says_what_to_do(checkpoint, tmp_path):
     run(checkpoint[1], tmp_path / "folder", "--heads", 4)
     assert DiTPipeline.from_pretrained(tmp_path / "folder").vae is None
-    with pytest.raises(ValueError, match="has no VAE to decode with; load it with vae="):
+    with pytest.raises(ValueError, match="has no VAE to decode with; put one into its folder as vae/, load it"):
         DiTPipeline.from_pretrained(tmp_path / "folder")([1])
     vae = tiny_vae()
     for library in (DiTPipeline, diffusers.DiTPipeline):
@@ -129,6 +129,19 @@ def test_a_pipeline_folder_lends_its_vae_and_its_variant_its_transformer(checkpo
     config = json.loads((tmp_path / "folder/vae/config.json").read_text())
     assert config["_name_or_path"] == "pipeline" and str(tmp_path) not in str(config)
     assert run(tmp_path / "pipeline", tmp_path / "again.pt", "--variant", "odd") == 0
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_dtype_that_is_written_is_that_of_the_weights_that_were_read(sharded, tmp_path):
+    transformer = fill(Transformer2DModel(**TINY))
+    size = {"max_shard_size": "50KB"} if sharded else {}
+    transformer.save_pretrained(tmp_path / "transformer", **size)
+    transformer.half().save_pretrained(tmp_path / "transformer", variant="fp16", **size)
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > (4 if sharded else 1)
+    for options, dtype in (((), torch.float32), (("--variant", "fp16"), torch.float16)):
+        assert run(tmp_path / "transformer", tmp_path / "dit.pt", *options) == 0
+        assert {tensor.dtype for tensor in torch.load(tmp_path / "dit.pt", weights_only=True).values()} == {dtype}
+        (tmp_path / "dit.pt").unlink()
 
 
 def test_a_vae_of_the_hub_without_a_network_gets_one_line(checkpoint, tmp_path, monkeypatch, capsys):
