@@ -74,8 +74,8 @@ def run(arguments):
     for path in (arguments.reference, arguments.training):
         if path and not path.exists():
             raise OSError(f"there is no file or folder {path}")
-        if path and path.suffix not in (".safetensors", ".npz"):
-            open_pictures(path)
+        if path and (path == arguments.training or path.suffix not in (".safetensors", ".npz")):
+            open_pictures(path)  # else only its features are needed
     pictures = open_pictures(arguments.samples)
     least = 10 * PARTS * (2 if arguments.halves else 1)
     if pictures.count < least:
@@ -87,15 +87,15 @@ def run(arguments):
     output = arguments.output or place.with_name(f"{place.name if place.is_dir() else place.stem}-evaluation")
     if place in output.resolve().parents:
         raise ValueError(f"{output} is inside the samples, whose number its sheets would raise; choose another --output")
+    reference_pictures = None
+    if not arguments.halves:  # first, so that a wrong one is refused before the samples are judged
+        reference, reference_pictures, how = reference_features(arguments.reference, extractor, size,
+                                                                progress=progress("reference"))
     output.mkdir(parents=True, exist_ok=True)
     samples = extract(extractor, pictures, size, progress=progress("samples"))
-    reference_pictures = None
     if arguments.halves:
         order = torch.randperm(pictures.count, generator=torch.Generator().manual_seed(0))
         reference, samples, how = take(samples, order[::2]), take(samples, order[1::2]), "the other half"
-    else:
-        reference, reference_pictures, how = reference_features(arguments.reference, extractor, size,
-                                                                progress=progress("reference"))
     figures, classes = compare(samples, reference, extractor.id2label)
     heads = [f"samples: {len(samples)}, {samples.name}",
              f"reference: {len(reference) or 'an unknown number'}, {reference.name}, {how}",
@@ -119,8 +119,6 @@ def run(arguments):
         if training is not None:
             split = "train" if (training / "train-images-idx3-ubyte.gz").is_file() else "test"
             known, known_pictures, _ = reference_features(training, extractor, size, split, progress("training set"))
-            if known_pictures is None:
-                raise ValueError(f"--training {training} has no pictures to show")
             distances, text = write_nearest_sheet(output / "nearest.png", samples, pictures, known, known_pictures, size,
                                                   reference if len(reference) and known.name != reference.name else None)
             report += ["", f"## Nearest pictures of {known.name}", "", text]

@@ -132,9 +132,16 @@ def make_features(name, features, logits=None, labels=None, class_names=None) ->
 
 
 def extract(extractor, pictures: PictureSet, size: tuple[int, int], progress=iter, batch_size: int = 100) -> Features:
-    """Features of all pictures at `size` (width, height). `progress` wraps a list of batches' starts, as `tqdm` does."""
-    batches = [extractor(pictures.pixels(range(start, min(start + batch_size, pictures.count)), size))
-               for start in progress(range(0, pictures.count, batch_size))]
+    """Features of all pictures at `size` (width, height). `progress` wraps a list of batches' starts, as `tqdm` does.
+
+    Raises ValueError, in one line, where a GPU's memory does not do.
+    """
+    try:
+        batches = [extractor(pictures.pixels(range(start, min(start + batch_size, pictures.count)), size))
+                   for start in progress(range(0, pictures.count, batch_size))]
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{extractor.device} has too little free memory for {batch_size} pictures at a time in "
+                         f"{extractor.name}; take another device") from error
     features, logits = zip(*batches)
     logits = None if logits[0] is None else torch.cat(logits)
     return make_features(pictures.name, torch.cat(features), logits, pictures.labels, pictures.class_names)

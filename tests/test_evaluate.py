@@ -11,7 +11,7 @@ from conftest import ROOT
 from PIL import Image
 
 import evaluate
-from nets.features import FeatureExtractor, make_features
+from nets.features import FeatureExtractor, make_features, save_features
 from nets.metrics import compare, frechet_distance, nearest
 from nets.picture_sets import FASHION_MNIST, read_fashion_mnist
 from nets.sampling import PictureWriter, gather_manifest, open_folder
@@ -136,11 +136,19 @@ def test_fashion_mnist_is_seen_by_the_shipped_classifier_and_all_else_by_dinov2(
     (["--samples", "samples", "--reference", "real", "--features", "inception"], "pip install torch-fidelity"),
     (["--samples", "samples", "--reference", "real", "--features", "samples"], "cannot load the feature network"),
     (["--samples", "samples", "--reference", "real", "--device", "nonsense"], "nonsense"),
+    (["--samples", "samples", "--reference", "other.safetensors"], "features of another network and size"),
+    (["--samples", "samples", "--reference", "damaged.safetensors"], "holds no features that evaluate.py saved"),
+    (["--samples", "samples", "--reference", "statistics.npz"], "statistics only"),
+    (["--samples", "samples", "--reference", "real", "--training", "statistics.npz"], "no npz with pictures in arr_0"),
 ])
 def test_wrong_values_get_one_line_and_nothing_is_written(arguments, named, sets, tmp_path, monkeypatch, capsys):
     if "inception" in arguments:
         monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", None)
     monkeypatch.chdir(sets)
+    monkeypatch.setattr("nets.features.extract", lambda *_, **__: pytest.fail("pictures were judged"))
+    save_features(sets / "other.safetensors", make_features("", torch.rand(60, 4)), {"network": "another", "size": "8x8"})
+    (sets / "damaged.safetensors").write_bytes(b"damaged")
+    np.savez(sets / "statistics.npz", mu=np.zeros(4), sigma=np.eye(4))
     (sets / "few").mkdir(exist_ok=True)
     for index, (_, picture) in enumerate(blurred(2, 0)):
         picture.save(sets / f"few/{index}.png")

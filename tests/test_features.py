@@ -171,6 +171,17 @@ def test_features_of_all_pictures_in_batches(folder):
     assert features.class_names == {0: "bag", 1: "coat"} and features.logits.shape == (6, 2)
 
 
+def test_too_little_memory_on_a_gpu_is_said_in_one_line(folder):
+    class Full:
+        name, device = "network", "cuda:0"
+
+        def __call__(self, pictures):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    with pytest.raises(ValueError, match=r"^cuda:0 has too little free memory for 100 pictures at a time in network; take"):
+        extract(Full(), open_pictures(folder), (8, 8))
+
+
 def test_reference_features_are_kept_beside_the_data_and_read_from_there(folder):
     network = Counting()
     first, pictures, how = reference_features(folder, network, SIZE)
