@@ -5,8 +5,6 @@ What each gains in time and costs in quality is measured in docs/speed.md.
 
 import dataclasses
 import importlib.util
-import os
-import shutil
 import warnings
 
 import torch
@@ -25,7 +23,8 @@ def compile_networks(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     Raises ValueError for a pipeline with offloading or a cache, whose hooks cannot be compiled; ImportError or OSError
     where there is no compiler. Each in one line and with nothing changed.
     """
-    if any(hasattr(module, "_hf_hook") for part in (pipeline.transformer, pipeline.vae) for module in part.modules()):
+    networks = [part for part in (pipeline.transformer, pipeline.vae) if part is not None]
+    if any(hasattr(module, "_hf_hook") for part in networks for module in part.modules()):
         raise ValueError("a pipeline with offloading cannot be compiled; leave one of the two")
     if getattr(pipeline.transformer, "is_cache_enabled", False):
         raise ValueError("a transformer with a cache cannot be compiled; call disable_cache() first")
@@ -35,7 +34,8 @@ def compile_networks(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     once = {"fullgraph": True, "dynamic": False}
     blocks = pipeline.transformer.transformer_blocks
     kinds = len(blocks) if is_quantized(pipeline) else 1  # each int8 block is compiled anew for each shape
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES * kinds)
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), SHAPES * kinds))
     if pipeline.device.type == "cuda":
         pipeline.predict = replayed(torch.compile(pipeline.predict, mode="reduce-overhead", **once))
     else:
@@ -43,15 +43,15 @@ def compile_networks(pipeline: DiffusionPipeline) -> DiffusionPipeline:
             block.compile(**once)
         if is_quantized(pipeline):
             pipeline.predict = with_constants(pipeline.predict)
-    pipeline.vae.decoder.compile(**once)
+    if hasattr(pipeline.vae, "decoder"):  # not where there is no VAE, or a consistency decoder
+        pipeline.vae.decoder.compile(**once)
     return pipeline
 
 
 def compile_at_first_call(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """`compile_networks` with the first step of the first call, on the device where the pipeline is by then.
 
-    Where `compile_networks` refuses, it stays eager, and a warning of one line says why; what fails later, while a shape is
-    compiled, is torch's own error.
+    Where `compile_networks` refuses, it stays eager, and a warning of one line says why.
     """
     def predict(*arguments, **conditioning):
         del pipeline.predict
@@ -85,19 +85,19 @@ def with_constants(predict):
 
 
 def require_compiler(device: torch.device):
-    """Raise an ImportError or OSError, in one line, where torch.compile cannot work."""
-    if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            raise ImportError("compiling for a GPU needs triton: pip install triton")
-        if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-            raise OSError("compiling for a GPU needs a C compiler: install gcc, or name one in CC")
-        return
+    """Compile a small function; raises ImportError or OSError, in one line, where that does not work."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
+    kind, compiler, variable = ("GPU", "gcc", "CC") if device.type == "cuda" else ("CPU", "g++", "CXX")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ImportError("compiling for a GPU needs triton: pip install triton")
     try:
-        get_cpp_compiler()
+        if device.type == "cpu":
+            get_cpp_compiler()
+        torch.compile(torch.sin, fullgraph=True)(torch.zeros(1, device=device))
     except Exception as error:
-        raise OSError("compiling for a CPU needs a C++ compiler: install g++, or name one in CXX") from error
+        raise OSError(f"compiling for a {kind} needs a compiler and Python's headers: install {compiler} and python3-dev, "
+                      f"or name a compiler in {variable}") from error
 
 
 def is_quantized(pipeline: DiffusionPipeline) -> bool:
@@ -109,10 +109,13 @@ def quantize_int8(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """Compute the matrices of attention and MLP in int8: weights a scale per row, activations a scale per token and step.
 
     For a CPU, and fast only with `compile_networks` after it. A CPU without VNNI adds its products in pairs, of 16 bits:
-    there weights have 7 bits, so that no pair overflows. `save_pretrained` refuses such a pipeline.
+    there weights have 7 bits, so that no pair overflows. `save_pretrained` refuses such a pipeline; a second call changes
+    nothing.
     Raises ValueError on another device, ImportError without torchao.
     Source: torchao `Int8DynamicActivationInt8WeightConfig`; LLM.int8 (arXiv 2208.07339), without its outliers.
     """
+    if is_quantized(pipeline):
+        return pipeline
     if pipeline._execution_device.type != "cpu":
         raise ValueError(f"int8 is for the CPU, and this pipeline runs on {pipeline._execution_device}; use bfloat16 there")
     try:
@@ -120,7 +123,8 @@ def quantize_int8(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         from torchao.utils import should_reduce_range
     except ImportError as error:
         raise ImportError("int8 needs torchao 0.18 or later: pip install -U torchao") from error
-    config = Int8DynamicActivationInt8WeightConfig(reduce_range=should_reduce_range(pipeline._execution_device))
+    config = Int8DynamicActivationInt8WeightConfig(reduce_range=should_reduce_range(pipeline._execution_device),
+                                                   set_inductor_config=False)  # which would be the whole process's
     quantize_(pipeline.transformer, config, filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and any(
         part in name for part in QUANTIZED))
     for parameter in pipeline.transformer.parameters():

@@ -1,5 +1,7 @@
 """nets/acceleration.py: compiled, the same pictures up to rounding; in int8, pictures within what the docs say."""
 
+import re
+
 import accelerate
 import diffusers
 import pytest
@@ -8,7 +10,10 @@ import torch._dynamo.config
 from conftest import SMALL_MODEL, tiny_pipeline
 
 from nets import DiTPipeline
-from nets.acceleration import compile_networks, quantize_int8
+from nets.acceleration import compile_networks, quantize_int8, replayed
+
+NO_COMPILER = ("compiling for a CPU needs a compiler and Python's headers: install g++ and python3-dev, or name a compiler "
+               "in CXX")
 
 
 def pictures(pipeline, **options):
@@ -28,7 +33,7 @@ def forget_graphs():
     torch._dynamo.reset()
 
 
-@torch._dynamo.config.patch(recompile_limit=1)
+@torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1)
 def test_compiled_it_makes_the_same_pictures_guided_and_not_and_in_many_shapes(tmp_path):
     eager = tiny_pipeline()
     eager.save_pretrained(tmp_path)
@@ -52,14 +57,26 @@ def test_what_cannot_be_compiled_is_refused_in_one_line():
 
 def test_int8_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"^int8 weights are not saved; load the pipeline anew and save that$"):
-        quantize_int8(tiny_pipeline()).save_pretrained(tmp_path / "saved")
+        quantize_int8(quantize_int8(tiny_pipeline())).save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 
 def test_without_a_compiler_it_says_so_and_changes_nothing():
     pipeline = tiny_pipeline()
     with (torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
-          pytest.raises(OSError, match=r"compiling for a CPU needs a C\+\+ compiler: install g\+\+")):
+          pytest.raises(OSError, match=re.escape(NO_COMPILER))):
+        compile_networks(pipeline)
+    assert pipeline.vae.decoder._compiled_call_impl is None
+
+
+def test_nor_with_a_compiler_that_cannot_compile(tmp_path):
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\ncase $1 in --version) exec g++ --version;; esac\n"
+                        "echo 'fatal error: Python.h: No such file or directory' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    pipeline = tiny_pipeline()
+    with (torch._inductor.config.patch({"cpp.cxx": (str(compiler),)}),
+          pytest.raises(OSError, match=re.escape(NO_COMPILER))):
         compile_networks(pipeline)
     assert pipeline.vae.decoder._compiled_call_impl is None
 
@@ -71,11 +88,38 @@ def test_loaded_to_be_compiled_but_without_a_compiler_it_warns_once_and_makes_th
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.warns(UserWarning) as warned:
         assert torch.equal(pictures(pipeline), pictures(eager))
         pictures(pipeline)
-    assert [str(warning.message) for warning in warned] == [
-        "not compiled: compiling for a CPU needs a C++ compiler: install g++, or name one in CXX"]
+    assert [str(warning.message) for warning in warned] == [f"not compiled: {NO_COMPILER}"]
 
 
-@torch._dynamo.config.patch(recompile_limit=1)
+@pytest.mark.parametrize("vae", [None, diffusers.ConsistencyDecoderVAE])
+def test_what_has_no_decoder_is_compiled_without(vae):
+    pipeline = tiny_pipeline()
+    pipeline.vae = vae and torch.nn.Module.__new__(vae)  # 620 million weights if it were made
+    if vae:
+        torch.nn.Module.__init__(pipeline.vae)
+        pipeline.vae.decoder_unet = torch.nn.Linear(1, 1)
+    compile_networks(pipeline)
+    assert all(block._compiled_call_impl for block in pipeline.transformer.transformer_blocks)
+
+
+def test_network_and_guidance_in_one_graph_as_on_a_gpu_are_the_same_pictures_and_any_scale_has_that_graph():
+    eager, whole = tiny_pipeline(), tiny_pipeline()
+    whole.predict = replayed(torch.compile(whole.predict, fullgraph=True, dynamic=False, backend="eager"))
+    for options in ({}, {"guidance_interval": (0.5, 5)}, {"guidance_channels": 3}):
+        torch.testing.assert_close(pictures(whole, **options), pictures(eager, **options), atol=2e-5, rtol=0)
+    other = pictures(eager, guidance_scale=2.5)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(pictures(whole, guidance_scale=2.5), other, atol=2e-5, rtol=0)
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_the_graphs_make_the_eager_pictures(cuda):
+    eager, compiled = tiny_pipeline().to(cuda), compile_networks(tiny_pipeline().to(cuda))
+    for options in ({}, {}, {"guidance_interval": (0.5, 5)}, {"guidance_channels": 3}, {"num_images_per_label": 2}):
+        torch.testing.assert_close(pictures(compiled, **options), pictures(eager, **options), atol=1e-4, rtol=0)
+
+
+@torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1)
 def test_int8_with_packed_matrices_makes_the_shipped_models_pictures_as_nearly_as_docs_speed_says():
     exact, quantized = (DiTPipeline.from_pretrained(SMALL_MODEL, dtype=torch.float32) for _ in range(2))
     quantize_int8(quantized)
