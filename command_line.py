@@ -201,6 +201,7 @@ def load_pipeline(folder, arguments, lap=lambda name: None):
     try:
         pipeline = DiTPipeline.from_pretrained(folder, dtype=getattr(torch, arguments.dtype), revision=arguments.revision,
                                                variant=arguments.variant)
+        pipeline.check_vae(pipeline.transformer.config.in_channels)
         pipeline.to(device)
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(f"cannot load model {arguments.model} on {device}: {first_line(error)}") from error

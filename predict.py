@@ -58,7 +58,7 @@ def run(arguments):
         generator = torch.Generator().manual_seed(arguments.seed)
         pictures = pipeline(class_ids, generator=generator, **command_line.picture_arguments(arguments)).images
     except (ValueError, RuntimeError) as error:  # a scheduler that cannot do so few steps, too little memory
-        raise ValueError(f"cannot make these pictures with {arguments.scheduler}: "
+        raise ValueError(f"cannot make these pictures ({command_line.in_words(arguments)}): "
                          f"{command_line.first_line(error)}") from error
     lap("sampling")
 

@@ -107,15 +107,17 @@ def run(arguments):
         with progress_bar(arguments.output, len(missing), disable=not state.is_main_process):
             with PictureWriter(arguments.output, state.process_index, ahead=2 * arguments.batch_size) as writer:
                 for start in range(0, len(mine), arguments.batch_size):
-                    batch = mine[start:start + arguments.batch_size]
+                    batch = indices = mine[start:start + arguments.batch_size]
+                    if arguments.compile and start:  # as many again: another batch size would be compiled anew
+                        batch = indices + indices[-1:] * (arguments.batch_size - len(indices))
                     class_ids = [picture_label(labels, classes, arguments.seed, index) for index in batch]
                     generators = [picture_generator(arguments.seed, index) for index in batch]
                     pictures = pipeline(class_ids, generator=generators, **command_line.picture_arguments(arguments)).images
-                    for index, class_id, picture in zip(batch, class_ids, pictures):
+                    for index, class_id, picture in zip(indices, class_ids, pictures):
                         writer.put(picture, {"index": index, "class": class_id, "seed": arguments.seed})
             state.wait_for_everyone()
     except (ValueError, RuntimeError) as error:  # a scheduler that cannot do so few steps, too little memory
-        raise ValueError(f"cannot make these pictures with {arguments.scheduler}: "
+        raise ValueError(f"cannot make these pictures ({command_line.in_words(arguments)}): "
                          f"{command_line.first_line(error)}") from error
     except OSError as error:
         raise OSError(f"cannot write into {arguments.output}: {command_line.first_line(error)}; what is there is whole, "

@@ -119,7 +119,7 @@ def test_wrong_ids_are_refused_before_any_work(pipeline, ids):
     def work(*_):
         raise AssertionError("work was done")
 
-    pipeline.initial_noise = pipeline.transformer.condition = pipeline.progress_bar = work
+    pipeline.transformer.condition = pipeline.progress_bar = work
     with pytest.raises((ValueError, TypeError), match=r"class id|class_labels") as error:
         pipeline(ids)
     assert "\n" not in str(error.value)

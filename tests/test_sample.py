@@ -16,6 +16,7 @@ from conftest import ROOT, tiny_pipeline
 from PIL import Image
 
 import sample
+from nets import DiTPipeline
 from nets.sampling import picture_path
 
 OPTIONS = ["--num", "40", "--steps", "2", "--guidance-scale", "2", "--device", "cpu"]
@@ -52,6 +53,17 @@ def test_the_batch_size_changes_nothing(batch_size, uninterrupted, tmp_path):
     assert run(*OPTIONS, "--batch-size", batch_size, "--npz", "--output", tmp_path / "out") == 0
     assert same(tmp_path / "out", uninterrupted)
     assert len(set(labels(uninterrupted))) > 5 and np.ptp(pictures(uninterrupted)[0]) > 50
+
+
+def test_nor_that_compiled_the_last_batch_is_filled_up_and_not_compiled_anew(uninterrupted, tmp_path, monkeypatch):
+    sizes, call = [], DiTPipeline.__call__
+    monkeypatch.setattr("nets.acceleration.compile_networks", lambda pipeline: pipeline)
+    monkeypatch.setattr(DiTPipeline, "__call__", lambda self, classes, **more: sizes.append(len(classes)) or call(
+        self, classes, **more))
+    assert run(*OPTIONS, "--batch-size", 16, "--compile", "--npz", "--output", tmp_path / "out") == 0
+    assert sizes == [16, 16, 16] and same(tmp_path / "out", uninterrupted)
+    assert run(*OPTIONS, "--num", 43, "--batch-size", 16, "--compile", "--output", tmp_path / "out") == 0
+    assert sizes == [16, 16, 16, 3]
 
 
 @pytest.mark.parametrize("scheduler", ["ddpm-learned", "dpm-sde"])
@@ -187,6 +199,14 @@ def test_labels_by_name_by_file_and_in_turn(tmp_path):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         assert run(*OPTIONS, "--num", 4, "--labels", how, "--output", folder) == 0
         assert labels(folder) == expected
+
+
+def test_a_folder_without_a_vae_gets_one_line_and_nothing_is_written(tmp_path, capsys):
+    pipeline = tiny_pipeline()
+    DiTPipeline(pipeline.transformer, None, pipeline.scheduler).save_pretrained(tmp_path / "model")
+    assert run(*OPTIONS, "--model", tmp_path / "model", "--output", tmp_path / "out") == 2
+    assert "has no VAE to decode with; put one into its folder as vae/" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("arguments, named", [
