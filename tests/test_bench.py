@@ -4,7 +4,10 @@ import json
 import subprocess
 import sys
 
-from conftest import ROOT
+import pytest
+from conftest import ROOT, tiny_pipeline
+
+from bench.compare import MODES, load
 
 
 def test_the_yardstick_compares_ours_with_upstream(tmp_path):
@@ -18,3 +21,14 @@ def test_the_yardstick_compares_ours_with_upstream(tmp_path):
         assert figures["peak_bytes"]["median"] > 1e8 and 0 < figures["share_of_matmul_ceiling"] < 2
         assert figures["largest_difference"] < 1e-4 and figures["ratio_to_upstream"]["median"] > 0
     assert modes["upstream"]["ratio_to_upstream"]["median"] == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_mode_is_what_its_name_says(mode, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    pipeline = load(mode, tmp_path, "cpu", "float32")
+    assert type(pipeline).__module__.startswith("diffusers." if mode.startswith("upstream") else "nets.")
+    compiled = {block._compiled_call_impl is not None for block in pipeline.transformer.transformer_blocks}
+    assert compiled == {pipeline.vae.decoder._compiled_call_impl is not None} == {"default" != mode != "upstream"}
+    assert getattr(pipeline.transformer, "quantized", False) == ("int8" in mode)
+    assert (type(pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler") == ("fast" in mode)
