@@ -134,7 +134,7 @@ def fresh(mode, folder, arguments):
     assert DiTPipeline
     pipeline = load(mode, folder, arguments.device, arguments.dtype)
     loaded = time.perf_counter()
-    call(pipeline, 1, 2, {})
+    call(pipeline, 1, 2, preset_of(mode))
     ended = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     device_peak = torch.cuda.max_memory_allocated() if arguments.device == "cuda" else None
