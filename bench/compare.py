@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -85,42 +85,50 @@ def preset_of(mode):
     return {name: PRESETS["fast"][name] for name in named if name in PRESETS["fast"]} if "preset" in MODES[mode] else {}
 
 
+def now(device):
+    """The clock, when all that a GPU was given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def call(pipeline, batch, steps, preset):
-    """One guided call: seconds in all and of its parts (steps, each; decode; rest), and the pictures (batch, 3, h, w)."""
-    marks, inside = [], {"decode": 0.0}
+    """One guided call, as a user has it: seconds, and the pictures (batch, 3, height, width)."""
+    started = now(pipeline.device)
+    images = pipeline([(207 + 153 * k) % 1000 for k in range(batch)], generator=torch.Generator().manual_seed(0),
+                      guidance_scale=4.0, output_type="np", **{"num_inference_steps": steps, **preset}).images
+    return now(pipeline.device) - started, torch.from_numpy(images).permute(0, 3, 1, 2)
 
-    def wait():
-        if pipeline.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
-    step, decode = pipeline.scheduler.step, pipeline.vae.decode
+def call_in_parts(pipeline, batch, steps, preset):
+    """The same with a clock at its parts, for which a GPU is waited for: seconds of the whole, of each step but the first,
+    of the conditioning of all steps, of decoding, and of the rest; and the pictures."""
+    ends, inside = [], {"condition": 0.0, "decode": 0.0}
 
-    @functools.wraps(step)
-    def timed_step(*arguments, **options):
-        result = step(*arguments, **options)
-        marks.append(wait())
-        return result
+    def timed(part, function):
+        @functools.wraps(function)
+        def run(*arguments, **options):
+            started = now(pipeline.device)
+            result = function(*arguments, **options)
+            if part == "step":
+                ends.append(now(pipeline.device))
+            else:
+                inside[part] += now(pipeline.device) - started
+            return result
+        return run
 
-    @functools.wraps(decode)
-    def timed_decode(*arguments, **options):
-        started = wait()
-        result = decode(*arguments, **options)
-        inside["decode"] += wait() - started
-        return result
-
-    pipeline.scheduler.step, pipeline.vae.decode = timed_step, timed_decode
-    started = wait()
+    parts = [(pipeline.scheduler, "step"), (pipeline.vae, "decode"), (pipeline.transformer, "condition")]
+    parts = [(owner, part) for owner, part in parts if hasattr(owner, part)]  # upstream conditions within each step
+    for owner, part in parts:
+        setattr(owner, part, timed(part, getattr(owner, part)))
     try:
-        images = pipeline([(207 + 153 * k) % 1000 for k in range(batch)], generator=torch.Generator().manual_seed(0),
-                          guidance_scale=4.0, output_type="np", **{"num_inference_steps": steps, **preset}).images
+        total, images = call(pipeline, batch, steps, preset)
     finally:
-        total = wait() - started
-        del pipeline.scheduler.step, pipeline.vae.decode
-    between = [after - before for before, after in itertools.pairwise(marks)]  # what is done once is in the first step
-    rest = total - inside["decode"] - statistics.median(between) * len(marks)
-    return ({"total": total, "steps": between, "decode": inside["decode"], "rest": rest},
-            torch.from_numpy(images).permute(0, 3, 1, 2))
+        for owner, part in parts:
+            delattr(owner, part)
+    between = [after - before for before, after in itertools.pairwise(ends)]
+    rest = total - sum(inside.values()) - statistics.median(between) * len(ends)
+    return {"total": total, "steps": between, "rest": rest, **inside}, images
 
 
 def fresh(mode, folder, arguments):
@@ -136,7 +144,8 @@ def fresh(mode, folder, arguments):
     loaded = time.perf_counter()
     call(pipeline, 1, 2, preset_of(mode))
     ended = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()  # where getrusage would tell the peak of the parent, if that is higher
+    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
     device_peak = torch.cuda.max_memory_allocated() if arguments.device == "cuda" else None
     print(json.dumps({"import": imported - started, "load": loaded - imported, "first_picture": ended - loaded,
                       "peak_bytes": peak, "device_peak_bytes": device_peak}))
@@ -172,7 +181,9 @@ def spread(numbers):
 
 def seconds_of_call(part, steps, preset):
     """What a call of so many steps takes, reckoned from the parts of a shorter one; with a preset it was a whole one."""
-    return part["total"] if preset else steps * statistics.median(part["steps"]) + part["decode"] + part["rest"]
+    conditioning = part["condition"] / (len(part["steps"]) + 1)  # of a step
+    return part["total"] if preset else (
+        steps * (statistics.median(part["steps"]) + conditioning) + part["decode"] + part["rest"])
 
 
 def summary(parts, whole, arguments, config, peak_flops):
@@ -197,7 +208,8 @@ def compare(arguments, folder):
                    "--dtype", arguments.dtype]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
-            raise RuntimeError(f"{mode}: {done.stderr.strip().splitlines()[-1]}")
+            reason = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
+            raise RuntimeError(f"{mode}: {reason[-1]}")
         runs[mode].append(json.loads(done.stdout.splitlines()[-1]))
     for mode in modes:
         results["modes"][mode] = {name: spread([run[name] for run in runs[mode]]) for name, value in runs[mode][0].items()
@@ -208,25 +220,28 @@ def compare(arguments, folder):
 
     results["diffusers"] = diffusers.__version__
     pipelines = {mode: load(mode, folder, arguments.device, arguments.dtype) for mode in modes}
-    parts, images = {mode: [] for mode in modes}, {}
+    parts, whole, images = {mode: [] for mode in modes}, {mode: [] for mode in modes}, {}
     for mode, pipeline in pipelines.items():
         call(pipeline, arguments.batch, 2, preset_of(mode))
     for _ in range(arguments.rounds):
         for mode, pipeline in pipelines.items():
-            measured, images[mode] = call(pipeline, arguments.batch, arguments.measured_steps, preset_of(mode))
-            parts[mode].append(measured)
+            part, images[mode] = call_in_parts(pipeline, arguments.batch, arguments.measured_steps, preset_of(mode))
+            parts[mode].append(part)
+            if arguments.device == "cuda":  # whose steps are not to be waited for, and are short enough for whole calls
+                whole[mode].append(call(pipeline, arguments.batch, arguments.steps, preset_of(mode))[0])
+            else:
+                whole[mode].append(seconds_of_call(part, arguments.steps, preset_of(mode)))
     peak_flops = ceiling(arguments.device, arguments.dtype)
     results["matmul_ceiling_flops"] = peak_flops
-    whole = {mode: [seconds_of_call(part, arguments.steps, preset_of(mode)) for part in parts[mode]] for mode in modes}
     for mode in modes:
         figures = summary(parts[mode], whole[mode], arguments, pipelines[mode].transformer.config, peak_flops)
         ratios = [one / other for one, other in zip(whole[mode], whole["upstream"])]
         results["modes"][mode].update(figures, ratio_to_upstream=spread(ratios))
         difference = images[mode] - images["upstream"]
         error = difference.square().mean().item()
-        if preset_of(mode):
-            results["modes"][mode]["share_of_matmul_ceiling"] = None  # its steps are guided and not
-        else:
+        if "quantize" in MODES[mode]:
+            results["modes"][mode]["share_of_matmul_ceiling"] = None  # which is that of other products
+        if not preset_of(mode):
             results["modes"][mode].update(largest_difference=difference.abs().max().item(),
                                           psnr=None if error == 0 else -10 * torch.tensor(error).log10().item())
         print(f"{mode}: {figures['seconds_a_picture']['median']:.2f} s a picture, ratio to upstream "
@@ -252,6 +267,12 @@ def main():
     parser.add_argument("--results", type=Path, help="the JSON file to write")
     parser.add_argument("--fresh", choices=MODES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.measured_steps < 2:
+        parser.error("--measured-steps 1 has no step beside the first; give 2 or more")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU here")
+    if arguments.folder and not (arguments.folder / "model_index.json").is_file():
+        parser.error(f"--folder {arguments.folder} has no model_index.json")
     if arguments.fresh:
         return fresh(arguments.fresh, arguments.folder, arguments)
     with tempfile.TemporaryDirectory() as place:
