@@ -7,8 +7,8 @@ DIR is the Fashion-MNIST folder that train.py reads; needs requirements-dev.txt.
 5,000 pictures: the Frechet distance to the test set in the features of the shipped classifier, the class accuracy, the
 spread within a class over the test set's, how many latents went through the network for a picture; of 50, the PSNR to 250
 steps of DPM-Solver++ from the same noise and with the same interval; and the time of a call over that of 50 steps, taken in
-turn. Finished rows are kept in bench/results/sweep.json; those of other weights are measured anew. Writes the tables of
-docs/speed.md, its plot (docs/sweep.png) and its strip of pictures (docs/presets.png).
+turn, on one core. Finished rows are kept in bench/results/sweep.json; those of other weights are measured anew. Writes the
+tables of docs/speed.md, its plot (docs/sweep.png) and its strip of pictures (docs/presets.png).
 """
 
 import argparse
@@ -19,6 +19,8 @@ import statistics
 import time
 from pathlib import Path
 
+import diffusers
+import torch
 from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
 
 from bench.small_model import CLASSES, ROOT, accuracy, distance, judge, mean_spread, sample, to_model_range, to_pictures
@@ -111,8 +113,8 @@ def take_time(pipeline, own, row, rounds=3, count=10):
 
 def of_preset(name):
     """A preset as a row."""
-    scheduler, steps = PRESETS[name]["scheduler"], PRESETS[name]["num_inference_steps"]
-    return scheduler, steps, PRESETS[name].get("spacing"), PRESETS[name].get("guidance_interval"), None
+    scheduler, steps, spacing = (PRESETS[name][key] for key in ("scheduler", "num_inference_steps", "spacing"))
+    return scheduler, steps, None if spacing == "linspace" else spacing, PRESETS[name].get("guidance_interval"), None
 
 
 def plot(results, count, path):
@@ -191,6 +193,7 @@ def main():
     parser.add_argument("--num", type=int, default=5000, help="pictures a row (default 5000)")
     arguments = parser.parse_args()
     count = arguments.num
+    torch.set_num_threads(1)
 
     extractor = FeatureExtractor(arguments.classifier)
     pipeline = DiTPipeline.from_pretrained(arguments.model)
@@ -205,6 +208,8 @@ def main():
     def exact(interval):
         return sample(pipeline, 5 * CLASSES, seed=4000, **prepare(pipeline, own, ("dpm", 250, None, interval, None)))[0]
 
+    known["machine"] = {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
+                        "torch": torch.__version__, "diffusers": diffusers.__version__}
     presets = {name_of(of_preset(name)): f"`{name}`: {name_of(of_preset(name))}" for name in PRESETS if name != "paper"}
     tried = [of_preset(name) for name in PRESETS if name != "paper"] if arguments.presets else list(rows())
     results = known["rows"].setdefault(str(count), {})
@@ -225,11 +230,12 @@ def main():
     if arguments.presets:
         write_table(arguments.docs / "speed.md", "presets", table(rows_tried, presets))
         strip(pipeline, own, arguments.docs / "presets.png")
-        if "fast, int8" not in results:
+        int8 = f"{name_of(of_preset('fast'))}, int8"
+        if int8 not in results:
             quantized = DiTPipeline.from_pretrained(arguments.model)
             quantized.set_progress_bar_config(disable=True)
             compile_networks(quantize_int8(quantized))
-            results["fast, int8"] = measure(quantized, own, of_preset("fast"), extractor, real, exact, count)
+            results[int8] = measure(quantized, own, of_preset("fast"), extractor, real, exact, count)
             arguments.results.write_text(json.dumps(known, indent=2) + "\n")
     else:
         write_table(arguments.docs / "speed.md", "sweep", table(rows_tried))
