@@ -54,6 +54,8 @@ def load_parts(folder: Path, **kwargs) -> dict:
     index = DiffusionPipeline.load_config(folder)
     if not isinstance(index, dict):
         raise ValueError(f"{folder / 'model_index.json'} is no JSON object")
+    if index.get("scheduler") and "scheduler" not in kwargs and not (folder / "scheduler").is_dir():
+        raise OSError(f"{folder} has no folder scheduler/; put it there, or pass scheduler=... to from_pretrained")
     return {name: load_part(folder, name, index.get(name), **kwargs) for name in CLASS_ON_DISK if name not in kwargs}
 
 
@@ -82,7 +84,11 @@ def load_exactly(model_class: type[ModelMixin], folder: Path, **kwargs) -> Model
 
     Raises OSError or ValueError, in one line.
     """
-    if not any(folder.glob("*.safetensors*")) and any(folder.glob("*.bin*")):
+    files = weight_files(folder, kwargs.get("variant"))
+    if not files:
+        name = ".".join(filter(None, ["diffusion_pytorch_model", kwargs.get("variant")]))
+        raise OSError(f"{folder} has no weights: neither {name}.safetensors nor {name}.bin, whole or in shards")
+    if not any(file.suffix == ".safetensors" for file in files):
         kwargs["use_safetensors"] = False  # else diffusers complains of the files it did not find before it takes these
     try:
         model, info = model_class.from_pretrained(str(folder), output_loading_info=True, **kwargs)

@@ -69,7 +69,8 @@ def open_folder(folder: Path, settings: dict, facts: dict | None = None) -> dict
         other = sorted(key for key in {*found, *settings} - {*(facts or {})} if found.get(key) != settings.get(key))
         if other and gather_manifest(folder):
             there, now = ({key: shorten(repr(given.get(key)), 40) for key in other} for given in (found, settings))
-            changes = ", ".join(f"{key} {there[key]} there and {now[key]} now" for key in other)
+            changes = ", ".join(key if there[key] == now[key] else f"{key} {there[key]} there and {now[key]} now"
+                                for key in other)  # of fingerprints, which say nothing, the name alone
             raise ValueError(f"{folder} has pictures of other settings: {changes}; choose another folder")
     elif any(found.suffix != ".part" and found.name != LOCK for found in folder.iterdir()):
         raise ValueError(f"{folder} has files in it, and none of them is {SETTINGS}; choose an empty folder")
