@@ -9,7 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from nets.scheduling import PRESETS, SCHEDULERS, SPACINGS, make_scheduler, unspaced
+from nets.scheduling import PRESETS, SCHEDULERS, SPACINGS, make_scheduler
 
 MODEL_DATA = Path(__file__).resolve().parent / "model_data"
 SMALL_MODEL, XL_MODEL = "fashion-mnist-32", "DiT-XL-2-256"
@@ -73,8 +73,8 @@ def add_picture_options(parser):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--compile", action="store_true",
-                        help="compile the networks: the same pictures up to rounding, the first of a batch size later, "
-                             "the others sooner")
+                        help="compile the networks: the same pictures up to rounding, the first of a batch size a minute "
+                             "or more later, the others sooner")
     parser.add_argument("--quantize", choices=("int8",),
                         help="compute attention and MLP in int8, on a CPU and with --compile faster; the pictures change "
                              "(docs/speed.md); needs torchao")
@@ -206,8 +206,7 @@ def load_pipeline(folder, arguments, lap=lambda name: None):
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(f"cannot load model {arguments.model} on {device}: {first_line(error)}") from error
     try:
-        own = unspaced(pipeline.scheduler) if arguments.preset else pipeline.scheduler
-        pipeline.scheduler = make_scheduler(arguments.scheduler, own, arguments.spacing)
+        pipeline.scheduler = make_scheduler(arguments.scheduler, pipeline.scheduler, arguments.spacing)
     except ImportError as error:  # a package that this scheduler alone needs
         raise ValueError(f"--scheduler {arguments.scheduler} cannot run here: {' '.join(str(error).split())}") from error
     return pipeline, device
@@ -245,7 +244,7 @@ def speed_up(pipeline, arguments):
     if arguments.compile:
         try:
             compile_networks(pipeline)
-            print("compiling with the first pictures takes a while; it pays for hundreds of them", file=sys.stderr)
+            print("compiling with the first pictures takes a while; it pays where they are many", file=sys.stderr)
         except (OSError, ImportError) as error:
             arguments.compile = False
             print(f"{error}; going on without --compile", file=sys.stderr)

@@ -86,7 +86,8 @@ def parse_arguments(argv):
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
     parser.add_argument("--images-per-class", type=command_line.whole_number(1, 10_000), default=1)
     parser.add_argument("--grid", action="store_true", help="write one sheet with captions as well")
-    parser.add_argument("--timings", action="store_true", help="tell what importing, loading, sampling and saving took")
+    parser.add_argument("--timings", action="store_true",
+                        help="tell what importing, loading, sampling (compiling with it) and saving took")
     parser.add_argument("--list-classes", nargs="?", const="", metavar="TEXT",
                         help="print the model's class names (those with TEXT in them) and stop")
     parser.add_argument("--like", type=Path, metavar="FILE.png",
@@ -155,8 +156,9 @@ def recipe(arguments, class_ids, index, name):
     if not (command_line.MODEL_DATA / model).is_dir() and Path(model).is_dir():
         model = str(Path(model).resolve())
     given = [option for option in command_line.RECIPE_IF_GIVEN if getattr(arguments, option) is not None]
+    compiled = {"compile": "yes"} if arguments.quantize and arguments.compile else {}  # int8's kernels are others then
     return {**{option: str(getattr(arguments, option)) for option in (*command_line.RECIPE, *given)}, "model": model,
-            "class_ids": json.dumps(class_ids), "index": str(index), "class_name": name,
+            **compiled, "class_ids": json.dumps(class_ids), "index": str(index), "class_name": name,
             "versions": f"nets {nets.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}"}
 
 
@@ -180,6 +182,8 @@ def read_recipe(arguments):
     settled = parse_arguments(options)  # with the command line's own checks
     for option in (*command_line.RECIPE, *command_line.RECIPE_IF_GIVEN):
         setattr(arguments, option, getattr(settled, option))
+    if arguments.quantize:
+        arguments.compile = "compile" in text
     return class_ids, index
 
 

@@ -82,6 +82,7 @@ def run(arguments):
         try:
             holding.enter_context(held(arguments.output))
             settings = {**{name: getattr(arguments, name) for name in SETTINGS}, "labels": labels,
+                        "compile": (arguments.quantize and arguments.compile) or None,  # int8's kernels are others then
                         "weights": weights,
                         "config": config_fingerprint(pipeline.transformer, pipeline.vae, pipeline.scheduler),
                         "class_names": {str(label): names for label, names in id2label.items()}}

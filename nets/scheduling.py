@@ -32,11 +32,12 @@ PLACING = ("timestep_spacing", "use_karras_sigmas", "use_lu_lambdas", "use_expon
 # Time against quality, measured in docs/speed.md: a scheduler, its spacing, keyword arguments of the pipeline's call.
 # "paper" is the sampling that the DiT paper reports (section 4; improved diffusion's ancestral sampler).
 PRESETS = {
-    "paper": {"scheduler": "ddpm-learned", "num_inference_steps": 250, "guidance_scale": 1.5, "guidance_channels": 3},
-    "reference": {"scheduler": "dpm", "num_inference_steps": 50},
+    "paper": {"scheduler": "ddpm-learned", "spacing": "linspace", "num_inference_steps": 250, "guidance_scale": 1.5,
+              "guidance_channels": 3},
+    "reference": {"scheduler": "dpm", "spacing": "linspace", "num_inference_steps": 50},
     "balanced": {"scheduler": "dpm", "spacing": "logsnr", "num_inference_steps": 15, "guidance_interval": (0.0, 3.0)},
     "fast": {"scheduler": "dpm", "spacing": "logsnr", "num_inference_steps": 8, "guidance_interval": (0.0, 3.0)},
-    "draft": {"scheduler": "unipc", "num_inference_steps": 6, "guidance_interval": (0.0, 3.0)},
+    "draft": {"scheduler": "unipc", "spacing": "linspace", "num_inference_steps": 6, "guidance_interval": (0.0, 3.0)},
 }
 
 
@@ -56,28 +57,22 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, spacing: str | None = N
         made = getattr(diffusers, SCHEDULERS[name]).from_config(config)
     if spacing is None:
         return made
-    made = unspaced(made)
     (option, value), = SPACINGS[spacing].items()
     if option not in inspect.signature(type(made).__init__).parameters:
         raise ValueError(f"{type(made).__name__} has no spacing {spacing!r}; leave it out")
-    return type(made).from_config(made.config, **{option: value})
+    return type(made).from_config({key: kept for key, kept in made.config.items() if key not in PLACING}, **{option: value})
 
 
 def use_preset(name: str, scheduler: SchedulerMixin) -> tuple[SchedulerMixin, dict]:
     """The scheduler of a preset, with the betas of a model's own, and the keyword arguments of the pipeline's call.
 
-    `pipe.scheduler, sampling = use_preset("fast", pipe.scheduler)`, then `pipe(ids, **sampling)`. Where the timesteps lie
-    is the preset's too, whatever `scheduler` had. Raises ValueError for a name that is not in `PRESETS`.
+    `pipe.scheduler, sampling = use_preset("fast", pipe.scheduler)`, then `pipe(ids, **sampling)`.
+    Raises ValueError for a name that is not in `PRESETS`.
     """
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
     sampling = dict(PRESETS[name])
-    return make_scheduler(sampling.pop("scheduler"), unspaced(scheduler), sampling.pop("spacing", None)), sampling
-
-
-def unspaced(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The same scheduler, with its timesteps where its class puts them."""
-    return type(scheduler).from_config({key: value for key, value in scheduler.config.items() if key not in PLACING})
+    return make_scheduler(sampling.pop("scheduler"), scheduler, sampling.pop("spacing")), sampling
 
 
 def published_scheduler(beta_schedule: str = "linear") -> DDIMScheduler:
