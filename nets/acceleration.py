@@ -20,6 +20,7 @@ def compile_networks(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     On a CPU one graph serves all blocks, so that the first picture comes soon; blocks of int8 are compiled one by one, with
     their matrices packed into the program. On a GPU network and guidance become one CUDA graph, and the steps outside a
     guidance interval another.
+    The limits on how many shapes torch.compile takes are set higher, for the whole process.
     Raises ValueError for a pipeline with offloading or a cache, whose hooks cannot be compiled; ImportError or OSError
     where there is no compiler. Each in one line and with nothing changed.
     """
@@ -97,7 +98,7 @@ def require_compiler(device: torch.device):
         torch.compile(torch.sin, fullgraph=True)(torch.zeros(1, device=device))
     except Exception as error:
         raise OSError(f"compiling for a {kind} needs a compiler and Python's headers: install {compiler} and python3-dev, "
-                      f"or name a compiler in {variable}") from error
+                      f"or name a compiler in {variable} ({str(error).strip().splitlines()[0]})") from error
 
 
 def is_quantized(pipeline: DiffusionPipeline) -> bool:

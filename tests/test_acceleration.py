@@ -88,7 +88,8 @@ def test_loaded_to_be_compiled_but_without_a_compiler_it_warns_once_and_makes_th
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.warns(UserWarning) as warned:
         assert torch.equal(pictures(pipeline), pictures(eager))
         pictures(pipeline)
-    assert [str(warning.message) for warning in warned] == [f"not compiled: {NO_COMPILER}"]
+    warning, = warned
+    assert str(warning.message).startswith(f"not compiled: {NO_COMPILER} (") and "\n" not in str(warning.message)
 
 
 @pytest.mark.parametrize("vae", [None, diffusers.ConsistencyDecoderVAE])
