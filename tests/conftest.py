@@ -1,6 +1,7 @@
 """What several test files share: random models in pairs, ours and upstream's, with the same weights."""
 
 import gzip
+import os
 import struct
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import torch
 
 from nets import DiTPipeline, Transformer2DModel
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each, and for the processes that it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_MODEL = ROOT / "model_data/fashion-mnist-32"
 TINY = dict(num_attention_heads=2, attention_head_dim=16, num_layers=2, out_channels=8, sample_size=8,
