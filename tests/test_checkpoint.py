@@ -198,6 +198,9 @@ def test_a_training_checkpoint_gives_the_network_that_was_asked_for(weights, whi
 
 
 class RunsCode:
+    def __repr__(self):
+        return "RunsCode()"
+
     def __reduce__(self):
         return (print, ("code of the file ran",))
 
