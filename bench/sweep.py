@@ -140,7 +140,7 @@ def plot(results, count, path):
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xticks(x_ticks := (0.1, 0.15, 0.2, 0.3, 0.5, 1), x_ticks)
-    axes.set_yticks(y_ticks := (0.2, 0.3, 0.4, 0.5, 0.7, 0.9), y_ticks)
+    axes.set_yticks(y_ticks := (0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9), y_ticks)
     axes.margins(0.1)
     axes.legend()
     figure.savefig(path, dpi=110)
