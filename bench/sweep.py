@@ -133,7 +133,7 @@ def plot(results, count, path):
     for preset in PRESETS:
         row = results.get(name_of(of_preset(preset)))
         if row:
-            axes.annotate(preset, (row["time_ratio"], row["frechet"]), xytext=(0, 8), textcoords="offset points",
+            axes.annotate(preset, (row["time_ratio"], row["frechet"]), xytext=(0, -16), textcoords="offset points",
                           ha="center")
     axes.set(xscale="log", yscale="log", xlabel="time of a call over that of 50 steps of DPM-Solver++, guided throughout",
              ylabel=f"Frechet distance of {count:,} pictures")
