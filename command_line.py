@@ -201,6 +201,9 @@ def load_pipeline(folder, arguments, lap=lambda name: None):
     try:
         pipeline = DiTPipeline.from_pretrained(folder, dtype=getattr(torch, arguments.dtype), revision=arguments.revision,
                                                variant=arguments.variant)
+        for part in ("transformer", "vae"):
+            if getattr(pipeline, part) is None:
+                raise ValueError(f"its folder has no {part}/; put one into it")
         pipeline.check_vae(pipeline.transformer.config.in_channels)
         pipeline.to(device)
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
@@ -246,9 +249,12 @@ def speed_up(pipeline, arguments):
             compile_networks(pipeline)
             print("compiling with the first pictures takes a while; it pays where they are many", file=sys.stderr)
         except (OSError, ImportError) as error:
+            if arguments.quantize:  # whose pictures would be others
+                raise ValueError(f"{error}; or leave out --quantize int8, which is slower than float32 without --compile"
+                                 ) from error
             arguments.compile = False
             print(f"{error}; going on without --compile", file=sys.stderr)
-    if not arguments.compile and arguments.quantize:
+    elif arguments.quantize:
         print("int8 is slower than float32 without --compile", file=sys.stderr)
 
 

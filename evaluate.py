@@ -11,6 +11,7 @@ Fashion-MNIST, of which the test set is meant.
 import argparse
 import importlib.util
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -87,6 +88,9 @@ def run(arguments):
     output = arguments.output or place.with_name(f"{place.name if place.is_dir() else place.stem}-evaluation")
     if place in output.resolve().parents:
         raise ValueError(f"{output} is inside the samples, whose number its sheets would raise; choose another --output")
+    there = next(path for path in (output.resolve(), *output.resolve().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):  # known now, and not after the work
+        raise OSError(f"cannot write into {output}: {there} is no folder that can be written to")
     reference_pictures = None
     if not arguments.halves:  # first, so that a wrong one is refused before the samples are judged
         reference, reference_pictures, how = reference_features(arguments.reference, extractor, size,

@@ -183,6 +183,9 @@ def read_recipe(arguments):
     for option in (*command_line.RECIPE, *command_line.RECIPE_IF_GIVEN):
         setattr(arguments, option, getattr(settled, option))
     if arguments.quantize:
+        if arguments.compile and "compile" not in text:
+            raise ValueError(f"{arguments.like} was made in int8 without --compile, with which it is another picture; "
+                             "leave --compile out")
         arguments.compile = "compile" in text
     return class_ids, index
 

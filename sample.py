@@ -53,16 +53,8 @@ def run(arguments):
     from accelerate.utils import broadcast_object_list
 
     command_line.quiet_diffusers()
-    from nets.loading import config_fingerprint, fingerprint
-    from nets.sampling import (
-        PictureWriter,
-        gather_manifest,
-        held,
-        open_folder,
-        picture_generator,
-        picture_label,
-        write_npz,
-    )
+    from nets.loading import fingerprint
+    from nets.sampling import held, write_npz
 
     arguments.model = arguments.model or command_line.model_name()
     # Processes wait for each other at the start, while one looks through the folder, and at the end, for the slowest.
@@ -72,71 +64,96 @@ def run(arguments):
     folder, id2label = command_line.find_model(arguments.model, arguments.revision)
     pipeline, _ = command_line.load_pipeline(folder, arguments)
     pipeline.set_progress_bar_config(disable=True)
-    weights = fingerprint(pipeline.transformer, pipeline.vae)
+    weights = fingerprint(pipeline.transformer, pipeline.vae)  # before int8 changes them
     command_line.speed_up(pipeline, arguments)
-    classes = pipeline.transformer.config.num_embeds_ada_norm
-    labels = read_labels(arguments.labels, id2label, classes)
+    labels = read_labels(arguments.labels, id2label, pipeline.transformer.config.num_embeds_ada_norm)
 
-    message, holding = [None, None], contextlib.ExitStack()
-    if state.is_main_process:
-        try:
-            holding.enter_context(held(arguments.output))
-            settings = {**{name: getattr(arguments, name) for name in SETTINGS}, "labels": labels,
-                        "compile": (arguments.quantize and arguments.compile) or None,  # int8's kernels are others then
-                        "weights": weights,
-                        "config": config_fingerprint(pipeline.transformer, pipeline.vae, pipeline.scheduler),
-                        "class_names": {str(label): names for label, names in id2label.items()}}
-            facts = {"num": arguments.num, "model": arguments.model}
-            done = open_folder(arguments.output, {key: value if not isinstance(value, tuple) else list(value)
-                                                  for key, value in settings.items()}, facts)
-            message = [[index for index in range(arguments.num) if index not in done], None]
-            if message[0]:
-                (arguments.output / NPZ).unlink(missing_ok=True)  # of fewer pictures
-        except (OSError, ValueError) as error:
-            message = [None, str(error)]
-    missing, refusal = broadcast_object_list(message)
-    if refusal:
-        raise ValueError(refusal)
-    if state.is_main_process:
-        print(f"model {arguments.model} · {state.num_processes} x {arguments.device} {arguments.dtype} · "
-              f"{command_line.in_words(arguments)} · seed {arguments.seed} · "
-              f"{len(missing)} of {arguments.num} pictures to make", flush=True)
-
-    mine = missing[state.process_index::state.num_processes]
-    started = time.perf_counter()
-    try:
+    with contextlib.ExitStack() as holding:
+        message = [None, None]
+        if state.is_main_process:
+            try:
+                holding.enter_context(held(arguments.output))
+                message = [find_missing(arguments, picture_settings(arguments, pipeline, weights, labels, id2label)), None]
+            except (OSError, ValueError) as error:
+                message = [None, str(error)]
+        missing, refusal = broadcast_object_list(message)
+        if refusal:
+            raise ValueError(refusal)
+        if state.is_main_process:
+            print(f"model {arguments.model} · {state.num_processes} x {arguments.device} {arguments.dtype} · "
+                  f"{command_line.in_words(arguments)} · seed {arguments.seed} · "
+                  f"{len(missing)} of {arguments.num} pictures to make", flush=True)
+        started = time.perf_counter()
         with progress_bar(arguments.output, len(missing), disable=not state.is_main_process):
-            with PictureWriter(arguments.output, state.process_index, ahead=2 * arguments.batch_size) as writer:
-                for start in range(0, len(mine), arguments.batch_size):
-                    batch = indices = mine[start:start + arguments.batch_size]
-                    if arguments.compile and start:  # as many again: another batch size would be compiled anew
-                        batch = indices + indices[-1:] * (arguments.batch_size - len(indices))
-                    class_ids = [picture_label(labels, classes, arguments.seed, index) for index in batch]
-                    generators = [picture_generator(arguments.seed, index) for index in batch]
-                    pictures = pipeline(class_ids, generator=generators, **command_line.picture_arguments(arguments)).images
-                    for index, class_id, picture in zip(indices, class_ids, pictures):
-                        writer.put(picture, {"index": index, "class": class_id, "seed": arguments.seed})
-            state.wait_for_everyone()
+            make_pictures(pipeline, arguments, missing[state.process_index::state.num_processes], labels, state)
+        if state.is_main_process:
+            done = gather_all(arguments)
+            if missing:
+                print(f"{len(missing)} pictures, {len(missing) / (time.perf_counter() - started):.2f} a second")
+            if arguments.npz:
+                class_ids = [done[index]["class"] for index in range(arguments.num)]
+                write_npz(arguments.output, class_ids, arguments.output / NPZ)
+                print(arguments.output / NPZ)
+            print(f"{arguments.output}: {arguments.num} pictures, {len(done)} in the manifest")
+
+
+def picture_settings(arguments, pipeline, weights, labels, id2label):
+    """What settles every picture, as settings.json has it."""
+    from nets.loading import config_fingerprint
+
+    given = {name: getattr(arguments, name) for name in SETTINGS}
+    return {**{name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}, "labels": labels,
+            "compile": (arguments.quantize and arguments.compile) or None,  # int8's kernels are others then
+            "weights": weights, "config": config_fingerprint(pipeline.transformer, pipeline.vae, pipeline.scheduler),
+            "class_names": {str(label): names for label, names in id2label.items()}}
+
+
+def find_missing(arguments, settings):
+    """Make or take up the folder; returns the indices of the pictures still to make. A .npz of fewer is removed."""
+    from nets.sampling import open_folder
+
+    done = open_folder(arguments.output, settings, {"num": arguments.num, "model": arguments.model})
+    missing = [index for index in range(arguments.num) if index not in done]
+    if missing:
+        (arguments.output / NPZ).unlink(missing_ok=True)
+    return missing
+
+
+def make_pictures(pipeline, arguments, mine, labels, state):
+    """Make this process's pictures, and wait until the others have theirs."""
+    from nets.sampling import PictureWriter, picture_generator, picture_label
+
+    classes = pipeline.transformer.config.num_embeds_ada_norm
+    try:
+        with PictureWriter(arguments.output, state.process_index, ahead=2 * arguments.batch_size) as writer:
+            for start in range(0, len(mine), arguments.batch_size):
+                batch = indices = mine[start:start + arguments.batch_size]
+                if arguments.compile and start:  # as many again: another batch size would be compiled anew
+                    batch = indices + indices[-1:] * (arguments.batch_size - len(indices))
+                class_ids = [picture_label(labels, classes, arguments.seed, index) for index in batch]
+                generators = [picture_generator(arguments.seed, index) for index in batch]
+                pictures = pipeline(class_ids, generator=generators, **command_line.picture_arguments(arguments)).images
+                for index, class_id, picture in zip(indices, class_ids, pictures):
+                    writer.put(picture, {"index": index, "class": class_id, "seed": arguments.seed})
+        state.wait_for_everyone()
     except (ValueError, RuntimeError) as error:  # a scheduler that cannot do so few steps, too little memory
         raise ValueError(f"cannot make these pictures ({command_line.in_words(arguments)}): "
                          f"{command_line.first_line(error)}") from error
     except OSError as error:
         raise OSError(f"cannot write into {arguments.output}: {command_line.first_line(error)}; what is there is whole, "
                       "and the same command goes on from it") from error
-    if not state.is_main_process:
-        return
+
+
+def gather_all(arguments):
+    """Make one manifest of all processes' pictures; returns its records by index."""
+    from nets.sampling import gather_manifest
+
     done = gather_manifest(arguments.output)
     lost = [index for index in range(arguments.num) if index not in done]
     if lost:
         raise OSError(f"{len(lost)} pictures of {arguments.output} were removed or damaged meanwhile; start again to make "
                       "them")
-    if missing:
-        print(f"{len(missing)} pictures, {len(missing) / (time.perf_counter() - started):.2f} a second")
-    if arguments.npz:
-        write_npz(arguments.output, [done[index]["class"] for index in range(arguments.num)], arguments.output / NPZ)
-        print(arguments.output / NPZ)
-    print(f"{arguments.output}: {arguments.num} pictures, {len(done)} in the manifest")
-    holding.close()
+    return done
 
 
 def read_labels(how, id2label, classes):

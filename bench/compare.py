@@ -201,7 +201,8 @@ def compare(arguments, folder):
     device = f"CPU, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     results = {"device": torch.cuda.get_device_name() if arguments.device == "cuda" else device,
                "torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count(),
-               **{name: getattr(arguments, name) for name in ("dtype", "size", "batch", "steps", "quick")}, "modes": {}}
+               **{name: getattr(arguments, name) for name in ("dtype", "size", "batch", "steps", "measured_steps", "rounds",
+                                                              "quick")}, "modes": {}}
     runs = {mode: [] for mode in modes}
     for _, mode in itertools.product(range(arguments.fresh_rounds), modes):
         command = [sys.executable, "-m", "bench.compare", "--fresh", mode, "--folder", folder, "--device", arguments.device,
@@ -273,6 +274,8 @@ def main():
         parser.error("--device cuda: there is no GPU here")
     if arguments.folder and not (arguments.folder / "model_index.json").is_file():
         parser.error(f"--folder {arguments.folder} has no model_index.json")
+    if not Path("/proc/self/status").is_file():
+        parser.error("the peak memory of a process is read from /proc, which only Linux has")
     if arguments.fresh:
         return fresh(arguments.fresh, arguments.folder, arguments)
     with tempfile.TemporaryDirectory() as place:

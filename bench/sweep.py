@@ -1,14 +1,15 @@
 """Which solver, how many evaluations, where its timesteps lie and where guidance acts: the sweep behind the presets.
 
     python -m bench.sweep --data DIR                   # every row: hours, and it goes on where it was stopped
-    python -m bench.sweep --data DIR --presets         # the presets alone, and fast in int8
+    python -m bench.sweep --data DIR --presets         # the presets alone, and fast in int8: two hours, for `paper`
 
 DIR is the Fashion-MNIST folder that train.py reads; needs requirements-dev.txt. On the shipped model, at guidance 1.5, of
 5,000 pictures: the Frechet distance to the test set in the features of the shipped classifier, the class accuracy, the
 spread within a class over the test set's, how many latents went through the network for a picture; of 50, the PSNR to 250
-steps of DPM-Solver++ from the same noise and with the same interval; and the time of a call over that of 50 steps, taken in
-turn, on one core. Finished rows are kept in bench/results/sweep.json; those of other weights are measured anew. Writes the
-tables of docs/speed.md, its plot (docs/sweep.png) and its strip of pictures (docs/presets.png).
+steps of DPM-Solver++ from the same noise and with the same interval (not of `paper`, which draws noise); and the time of a
+call over that of 50 steps, taken in turn, on one core. Finished rows are kept in bench/results/sweep.json; those of other
+weights are measured anew. Writes the tables of docs/speed.md, its plot (docs/sweep.png) and its strip of pictures
+(docs/presets.png).
 """
 
 import argparse
@@ -77,7 +78,8 @@ def prepare(pipeline, own, row):
         pipeline.transformer.disable_cache()
     if cache:
         pipeline.transformer.enable_cache(CACHES[cache])
-    return {"guidance_scale": GUIDANCE_SCALE, "steps": steps, "guidance_interval": interval}
+    channels = PRESETS["paper"]["guidance_channels"] if scheduler == "ddpm-learned" else None
+    return {"guidance_scale": GUIDANCE_SCALE, "steps": steps, "guidance_interval": interval, "guidance_channels": channels}
 
 
 def psnr(images, exact):
@@ -92,10 +94,12 @@ def measure(pipeline, own, row, extractor, real, exact, count):
     images, labels = sample(pipeline, count, seed=3000, **prepare(pipeline, own, row))
     hook.remove()
     judged = judge(extractor, images, labels)
-    near, _ = sample(pipeline, len(exact(row[3])), seed=4000, **prepare(pipeline, own, row))
-    return {"pictures": count, "frechet": distance(judged, real), "accuracy": accuracy(judged),
-            "psnr": psnr(near, exact(row[3])), "spread": mean_spread(judged) / mean_spread(real),
-            "latents_a_picture": sum(latents) / count}
+    figures = {"pictures": count, "frechet": distance(judged, real), "accuracy": accuracy(judged), "psnr": None,
+               "spread": mean_spread(judged) / mean_spread(real), "latents_a_picture": sum(latents) / count}
+    if row[0] != "ddpm-learned":  # which draws noise at each step, so that no picture is its limit
+        near, _ = sample(pipeline, len(exact(row[3])), seed=4000, **prepare(pipeline, own, row))
+        figures["psnr"] = psnr(near, exact(row[3]))
+    return figures
 
 
 def take_time(pipeline, own, row, rounds=3, count=10):
@@ -157,9 +161,8 @@ def strip(pipeline, own, path):
     """A row of pictures for each preset, of the ten classes at guidance 4, from the same noise."""
     pictures, captions = [], []
     for preset in PRESETS:
-        settings = prepare(pipeline, own, of_preset(preset)) | {"guidance_scale": 4.0}
-        if "guidance_channels" in PRESETS[preset]:
-            settings |= {"guidance_channels": PRESETS[preset]["guidance_channels"], "guidance_scale": 1.5}
+        guidance_scale = PRESETS[preset].get("guidance_scale", 4.0)
+        settings = prepare(pipeline, own, of_preset(preset)) | {"guidance_scale": guidance_scale}
         pictures += to_pictures(sample(pipeline, CLASSES, seed=0, **settings)[0])
         captions += [preset, f"{settings['steps']} steps"] + [""] * (CLASSES - 2)
     contact_sheet(pictures, captions, columns=CLASSES).save(path)
@@ -170,8 +173,9 @@ def table(results, names=None):
     lines = ["| row | latents through the network | time over 50 steps' | Frechet distance | class accuracy | spread | "
              "PSNR to 250 steps |", "|---|---|---|---|---|---|---|"]
     for key, row in sorted(results.items(), key=lambda item: -item[1]["time_ratio"]):
+        near = "none: random" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
         lines.append(f"| {(names or {}).get(key, key)} | {row['latents_a_picture']:.0f} | {row['time_ratio']:.2f} | "
-                     f"{row['frechet']:.3f} | {row['accuracy']:.1%} | {row['spread']:.2f} | {row['psnr']:.1f} dB |")
+                     f"{row['frechet']:.3f} | {row['accuracy']:.1%} | {row['spread']:.2f} | {near} |")
     return "\n".join(lines)
 
 
@@ -208,10 +212,10 @@ def main():
     def exact(interval):
         return sample(pipeline, 5 * CLASSES, seed=4000, **prepare(pipeline, own, ("dpm", 250, None, interval, None)))[0]
 
-    known["machine"] = {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
-                        "torch": torch.__version__, "diffusers": diffusers.__version__}
-    presets = {name_of(of_preset(name)): f"`{name}`: {name_of(of_preset(name))}" for name in PRESETS if name != "paper"}
-    tried = [of_preset(name) for name in PRESETS if name != "paper"] if arguments.presets else list(rows())
+    machine = {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
+               "torch": torch.__version__, "diffusers": diffusers.__version__}
+    presets = {name_of(of_preset(name)): f"`{name}`: {name_of(of_preset(name))}" for name in PRESETS}
+    tried = [of_preset(name) for name in PRESETS] if arguments.presets else list(rows())
     results = known["rows"].setdefault(str(count), {})
 
     def keep(row, figures):
@@ -224,7 +228,7 @@ def main():
             keep(row, measure(pipeline, own, row, extractor, real, exact, count))
     for row in tried:
         if "time_ratio" not in results[name_of(row)]:
-            keep(row, take_time(pipeline, own, row))
+            keep(row, take_time(pipeline, own, row) | {"machine": machine})
 
     rows_tried = {key: row for key, row in results.items() if key in map(name_of, tried)}
     if arguments.presets:
@@ -235,7 +239,7 @@ def main():
             quantized = DiTPipeline.from_pretrained(arguments.model)
             quantized.set_progress_bar_config(disable=True)
             compile_networks(quantize_int8(quantized))
-            results[int8] = measure(quantized, own, of_preset("fast"), extractor, real, exact, count)
+            results[int8] = measure(quantized, own, of_preset("fast"), extractor, real, exact, count) | {"machine": machine}
             arguments.results.write_text(json.dumps(known, indent=2) + "\n")
     else:
         write_table(arguments.docs / "speed.md", "sweep", table(rows_tried))

@@ -50,7 +50,7 @@ def compile_networks(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def compile_at_first_call(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """`compile_networks` with the first step of the first call, on the device where the pipeline is by then.
+    """Call `compile_networks` at the first step of the first call, on the device where the pipeline is by then.
 
     Where `compile_networks` refuses, it stays eager, and a warning of one line says why.
     """
@@ -89,7 +89,8 @@ def require_compiler(device: torch.device):
     """Compile a small function; raises ImportError or OSError, in one line, where that does not work."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
-    kind, compiler, variable = ("GPU", "gcc", "CC") if device.type == "cuda" else ("CPU", "g++", "CXX")
+    kind = {"cuda": "GPU"}.get(device.type, device.type.upper())
+    compiler, variable = ("gcc", "CC") if device.type == "cuda" else ("g++", "CXX")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise ImportError("compiling for a GPU needs triton: pip install triton")
     try:
@@ -97,8 +98,10 @@ def require_compiler(device: torch.device):
             get_cpp_compiler()
         torch.compile(torch.sin, fullgraph=True)(torch.zeros(1, device=device))
     except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = next((line for line in lines if "error:" in line), lines[0])
         raise OSError(f"compiling for a {kind} needs a compiler and Python's headers: install {compiler} and python3-dev, "
-                      f"or name a compiler in {variable} ({str(error).strip().splitlines()[0]})") from error
+                      f"or name a compiler in {variable} ({reason})") from error
 
 
 def is_quantized(pipeline: DiffusionPipeline) -> bool:

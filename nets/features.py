@@ -134,7 +134,7 @@ def make_features(name, features, logits=None, labels=None, class_names=None) ->
 def extract(extractor, pictures: PictureSet, size: tuple[int, int], progress=iter, batch_size: int = 100) -> Features:
     """Features of all pictures at `size` (width, height). `progress` wraps a list of batches' starts, as `tqdm` does.
 
-    Raises ValueError, in one line, where a GPU's memory does not do.
+    Raises ValueError, in one line, where a GPU's memory is not enough.
     """
     try:
         batches = [extractor(pictures.pixels(range(start, min(start + batch_size, pictures.count)), size))

@@ -231,8 +231,7 @@ class DiTPipeline(DiffusionPipeline):
     def check_vae(self, latent_channels: int):
         """Raise a ValueError, in one line, unless there is a VAE that decodes latents of that many channels."""
         if self.vae is None:
-            raise ValueError("this pipeline has no VAE to decode with; put one into its folder as vae/, load it with "
-                             "vae=..., or use output_type='latent'")
+            raise ValueError("this pipeline has no VAE to decode with; load it with vae=..., or use output_type='latent'")
         name, decoded = type(self.vae).__name__, self.vae.config.get("latent_channels")
         if decoded != latent_channels or "scaling_factor" not in self.vae.config:
             raise ValueError(f"the VAE, {name}, does not fit: it decodes latents of {decoded} channels, "

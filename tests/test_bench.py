@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, tiny_pipeline
 
-from bench.compare import MODES, load
+from bench.compare import MODES, load, seconds_of_call
 
 
 def test_the_yardstick_compares_ours_with_upstream(tmp_path):
@@ -21,6 +21,12 @@ def test_the_yardstick_compares_ours_with_upstream(tmp_path):
         assert figures["peak_bytes"]["median"] > 1e8 and 0 < figures["share_of_matmul_ceiling"] < 2
         assert figures["largest_difference"] < 1e-4 and figures["ratio_to_upstream"]["median"] > 0
     assert modes["upstream"]["ratio_to_upstream"]["median"] == 1
+
+
+def test_a_call_of_25_steps_is_reckoned_from_the_parts_of_one_of_three_and_a_presets_is_taken_whole():
+    part = {"steps": [0.5, 1.5], "condition": 0.3, "decode": 2.0, "rest": 0.5, "total": 9.0}
+    assert seconds_of_call(part, 25, {}) == pytest.approx(25 * (1.0 + 0.1) + 2.0 + 0.5)
+    assert seconds_of_call(part, 25, {"num_inference_steps": 8}) == 9.0
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -91,7 +91,7 @@ def test_a_vae_and_labels_make_a_whole_pipeline(checkpoint, tmp_path):
 def test_a_vae_put_beside_it_later_is_found_and_until_then_the_error_says_what_to_do(checkpoint, tmp_path):
     run(checkpoint[1], tmp_path / "folder", "--heads", 4)
     assert DiTPipeline.from_pretrained(tmp_path / "folder").vae is None
-    with pytest.raises(ValueError, match="has no VAE to decode with; put one into its folder as vae/, load it"):
+    with pytest.raises(ValueError, match="has no VAE to decode with; load it with vae="):
         DiTPipeline.from_pretrained(tmp_path / "folder")([1])
     vae = tiny_vae()
     for library in (DiTPipeline, diffusers.DiTPipeline):

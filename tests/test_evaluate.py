@@ -191,6 +191,13 @@ def test_a_report_inside_the_samples_is_refused(sets, capsys):
     assert "is inside the samples" in capsys.readouterr().err and not (sets / "real/report").exists()
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(sets, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nets.features.extract", lambda *_, **__: pytest.fail("pictures were judged"))
+    (tmp_path / "file").touch()
+    assert run("--samples", sets / "samples", "--reference", sets / "real", "--output", tmp_path / "file/report") == 2
+    assert f"{tmp_path / 'file'} is no folder that can be written to" in capsys.readouterr().err
+
+
 def test_samples_and_a_reference_are_asked_for(capsys):
     for arguments in (["--samples", "x"], ["--reference", "x"], ["--samples", "x", "--reference", "y", "--halves"]):
         with pytest.raises(SystemExit) as caught:

@@ -304,6 +304,15 @@ def test_without_a_compiler_it_says_so_and_makes_the_picture(capsys, tmp_path):
     assert said.endswith("; going on without --compile")
 
 
+def test_nor_is_int8_which_would_be_another_picture_made_without_a_compiler(capsys, monkeypatch, tmp_path):
+    def refuse(_):
+        raise OSError("compiling needs a compiler")
+    monkeypatch.setattr("nets.acceleration.compile_networks", refuse)
+    status, _, error = run(capsys, "bag", "--steps", 2, "--quantize", "int8", "--compile", "--output-dir", tmp_path)
+    assert status == 2 and "compiling needs a compiler; or leave out --quantize int8" in error
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_a_picture_in_int8_is_made_again_compiled_if_it_was(capsys, monkeypatch, tmp_path):
     done = []
     for name in ("quantize_int8", "compile_networks"):
@@ -312,6 +321,8 @@ def test_a_picture_in_int8_is_made_again_compiled_if_it_was(capsys, monkeypatch,
         run(capsys, "bag", "--steps", 2, "--quantize", "int8", *more, "--output-dir", tmp_path / folder)
         run(capsys, "--like", tmp_path / folder / "bag-seed42.png", "--output-dir", tmp_path / "again")
     assert done == ["quantize_int8", "compile_networks"] * 2 + ["quantize_int8"] * 2
+    status, _, error = run(capsys, "--like", tmp_path / "eager/bag-seed42.png", "--compile", "--output-dir", tmp_path)
+    assert status == 2 and "was made in int8 without --compile" in error
 
 
 def test_without_torchao_int8_is_refused_in_one_line(capsys, monkeypatch, tmp_path):

@@ -201,11 +201,11 @@ def test_labels_by_name_by_file_and_in_turn(tmp_path):
         assert labels(folder) == expected
 
 
-def test_a_folder_without_a_vae_gets_one_line_and_nothing_is_written(tmp_path, capsys):
-    pipeline = tiny_pipeline()
-    DiTPipeline(pipeline.transformer, None, pipeline.scheduler).save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_a_folder_without_one_of_the_networks_gets_one_line_and_nothing_is_written(part, tmp_path, capsys):
+    DiTPipeline(**tiny_pipeline().components | {part: None}).save_pretrained(tmp_path / "model")
     assert run(*OPTIONS, "--model", tmp_path / "model", "--output", tmp_path / "out") == 2
-    assert "has no VAE to decode with; put one into its folder as vae/" in capsys.readouterr().err.splitlines()[-1]
+    assert f"its folder has no {part}/; put one into it" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
