@@ -64,33 +64,18 @@ def run(arguments):
 
     command_line.quiet_diffusers()
     from nets.features import extract, reference_features, take
-    from nets.metrics import PARTS, compare
-    from nets.picture_sets import FASHION_MNIST, is_fashion_mnist, open_pictures
+    from nets.metrics import compare
+    from nets.picture_sets import FASHION_MNIST, is_fashion_mnist
     from nets.sampling import write_whole
 
     def progress(what):
         return lambda batches: tqdm(batches, desc=what, unit="batch", leave=False)
 
     started = time.perf_counter()
-    for path in (arguments.reference, arguments.training):
-        if path and not path.exists():
-            raise OSError(f"there is no file or folder {path}")
-        if path and (path == arguments.training or path.suffix not in (".safetensors", ".npz")):
-            open_pictures(path)  # else only its features are needed
-    pictures = open_pictures(arguments.samples)
-    least = 10 * PARTS * (2 if arguments.halves else 1)
-    if pictures.count < least:
-        raise ValueError(f"{arguments.samples} has {pictures.count} pictures; it takes {least} at least")
+    pictures, output = open_samples(arguments), find_output(arguments)
     size = pictures.picture(0).size
     fashion_mnist = is_fashion_mnist(arguments.reference or arguments.samples)
     extractor = load_extractor(arguments, fashion_mnist or pictures.class_names == FASHION_MNIST)
-    place = arguments.samples.resolve()
-    output = arguments.output or place.with_name(f"{place.name if place.is_dir() else place.stem}-evaluation")
-    if place in output.resolve().parents:
-        raise ValueError(f"{output} is inside the samples, whose number its sheets would raise; choose another --output")
-    there = next(path for path in (output.resolve(), *output.resolve().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):  # known now, and not after the work
-        raise OSError(f"cannot write into {output}: {there} is no folder that can be written to")
     reference_pictures = None
     if not arguments.halves:  # first, so that a wrong one is refused before the samples are judged
         reference, reference_pictures, how = reference_features(arguments.reference, extractor, size,
@@ -131,6 +116,35 @@ def run(arguments):
     results |= {"nearest": distances, "seconds": round(time.perf_counter() - started, 1)}
     write_whole(output / "metrics.json", json.dumps(results, indent=2).encode() + b"\n")
     print(f"\n{output}: report.md, metrics.json{'' if arguments.halves else ' and sheets'}; {results['seconds']:.0f} s")
+
+
+def open_samples(arguments):
+    """The samples; the other sets are opened too, so that a wrong one is refused before the work."""
+    from nets.metrics import PARTS
+    from nets.picture_sets import open_pictures
+
+    for path in (arguments.reference, arguments.training):
+        if path and not path.exists():
+            raise OSError(f"there is no file or folder {path}")
+        if path and (path == arguments.training or path.suffix not in (".safetensors", ".npz")):
+            open_pictures(path)  # else only its features are needed
+    pictures = open_pictures(arguments.samples)
+    least = 10 * PARTS * (2 if arguments.halves else 1)
+    if pictures.count < least:
+        raise ValueError(f"{arguments.samples} has {pictures.count} pictures; it takes {least} at least")
+    return pictures
+
+
+def find_output(arguments):
+    """The folder of the report, which is not made yet."""
+    place = arguments.samples.resolve()
+    output = arguments.output or place.with_name(f"{place.name if place.is_dir() else place.stem}-evaluation")
+    if place in output.resolve().parents:
+        raise ValueError(f"{output} is inside the samples, whose number its sheets would raise; choose another --output")
+    there = next(path for path in (output.resolve(), *output.resolve().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise OSError(f"cannot write into {output}: {there} is no folder that can be written to")
+    return output
 
 
 def load_extractor(arguments, fashion_mnist):
