@@ -9,17 +9,17 @@ import warnings
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
-QUANTIZED = (".attn1.", ".ff.")  # the matrices of attention and MLP; the conditioning tower and the head stay as they are
 SHAPES = 64  # how many batch and picture sizes may be compiled for before torch.compile refuses the next
 
 
 def compile_networks(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """Compile the transformer and the VAE's decoder, each shape when a call first has it; once, on the pipeline's device.
 
-    On a CPU one graph serves all blocks, so that the first picture comes soon; blocks of int8 are compiled one by one, with
-    their matrices packed into the program. On a GPU network and guidance become one CUDA graph, and the steps outside a
-    guidance interval another.
+    On a CPU one graph serves all blocks, so that the first picture comes soon, and with AVX-512 oneDNN multiplies the
+    float32 matrices of attention and MLP; blocks of int8 are compiled one by one, with their matrices packed into the program. On a GPU network
+    and guidance become one CUDA graph, and the steps outside a guidance interval another.
     The limits on how many shapes torch.compile takes are set higher, for the whole process.
     Raises ValueError for a pipeline with offloading or a cache, whose hooks cannot be compiled; ImportError or OSError
     where there is no compiler. Each in one line and with nothing changed.
@@ -40,13 +40,38 @@ def compile_networks(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     if pipeline.device.type == "cuda":
         pipeline.predict = replayed(torch.compile(pipeline.predict, mode="reduce-overhead", **once))
     else:
-        for block in blocks:
-            block.compile(**once)
         if is_quantized(pipeline):
             pipeline.predict = with_constants(pipeline.predict)
+        elif torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available():
+            for name, module in blocks.named_modules():
+                if is_large_matrix(module, name):
+                    module.__class__ = OneDNNLinear
+        for block in blocks:
+            block.compile(**once)
     if hasattr(pipeline.vae, "decoder"):  # not where there is no VAE, or a consistency decoder
         pipeline.vae.decoder.compile(**once)
     return pipeline
+
+
+@torch.library.custom_op("dit::onednn_linear", mutates_args=())
+def onednn_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`F.linear` by oneDNN, which torch uses for half precision alone: (..., in), (out, in), (out,) -> (..., out)."""
+    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+
+
+@onednn_linear.register_fake
+def _(input, weight, bias):
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+class OneDNNLinear(nn.Linear):
+    """A linear layer whose float32 products are oneDNN's, where no gradients are wanted: docs/speed.md compares it."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        if torch.is_grad_enabled() or self.weight.dtype is not torch.float32:
+            return super().forward(input)
+        return onednn_linear(input, self.weight, self.bias)
 
 
 def compile_at_first_call(pipeline: DiffusionPipeline) -> DiffusionPipeline:
@@ -104,6 +129,11 @@ def require_compiler(device: torch.device):
                       f"or name a compiler in {variable} ({reason})") from error
 
 
+def is_large_matrix(module: nn.Module, name: str) -> bool:
+    """Whether it is a matrix of attention or MLP, in which all tokens' time goes; not one of the conditioning or the head."""
+    return isinstance(module, nn.Linear) and (".attn1." in name or ".ff." in name)
+
+
 def is_quantized(pipeline: DiffusionPipeline) -> bool:
     """Whether `quantize_int8` has changed this pipeline."""
     return getattr(pipeline.transformer, "quantized", False)
@@ -115,13 +145,15 @@ def quantize_int8(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     For a CPU, and fast only with `compile_networks` after it. A CPU without VNNI adds its products in pairs, of 16 bits:
     there weights have 7 bits, so that no pair overflows. `save_pretrained` refuses such a pipeline; a second call changes
     nothing.
-    Raises ValueError on another device, ImportError without torchao.
+    Raises ValueError on another device or for a compiled pipeline, ImportError without torchao.
     Source: torchao `Int8DynamicActivationInt8WeightConfig`; LLM.int8 (arXiv 2208.07339), without its outliers.
     """
     if is_quantized(pipeline):
         return pipeline
     if pipeline._execution_device.type != "cpu":
         raise ValueError(f"int8 is for the CPU, and this pipeline runs on {pipeline._execution_device}; use bfloat16 there")
+    if any(block._compiled_call_impl for block in pipeline.transformer.transformer_blocks):
+        raise ValueError("a compiled pipeline cannot be put into int8; call quantize_int8 before compile_networks")
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Tensor, quantize_
         from torchao.utils import should_reduce_range
@@ -129,8 +161,7 @@ def quantize_int8(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         raise ImportError("int8 needs torchao 0.18 or later: pip install -U torchao") from error
     config = Int8DynamicActivationInt8WeightConfig(reduce_range=should_reduce_range(pipeline._execution_device),
                                                    set_inductor_config=False)  # which would be the whole process's
-    quantize_(pipeline.transformer, config, filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and any(
-        part in name for part in QUANTIZED))
+    quantize_(pipeline.transformer, config, filter_fn=is_large_matrix)
     for parameter in pipeline.transformer.parameters():
         if isinstance(parameter, Int8Tensor):  # narrow weights are enough for no sum to overflow
             parameter.act_quant_kwargs = dataclasses.replace(parameter.act_quant_kwargs, reduce_range=False)

@@ -10,7 +10,7 @@ import torch._dynamo.config
 from conftest import SMALL_MODEL, tiny_pipeline
 
 from nets import DiTPipeline
-from nets.acceleration import compile_networks, quantize_int8, replayed
+from nets.acceleration import OneDNNLinear, compile_networks, quantize_int8, replayed
 
 NO_COMPILER = ("compiling for a CPU needs a compiler and Python's headers: install g++ and python3-dev, or name a compiler "
                "in CXX")
@@ -45,6 +45,31 @@ def test_compiled_it_makes_the_same_pictures_guided_and_not_and_in_many_shapes(t
     assert compiled.vae.decoder._compiled_call_impl
 
 
+@pytest.mark.parametrize("capability, kind", [("AVX2", torch.nn.Linear), ("AVX512", OneDNNLinear)])
+def test_with_avx_512_onednn_multiplies_the_matrices_of_attention_and_mlp(monkeypatch, capability, kind):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    eager, compiled = tiny_pipeline(), tiny_pipeline()
+    compile_networks(compiled)
+    torch.testing.assert_close(pictures(compiled), pictures(eager), atol=2e-5, rtol=0)
+    for name, module in compiled.transformer.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert type(module) is (kind if ".attn1." in name or ".ff." in name else torch.nn.Linear)
+    with torch.profiler.profile() as profile:
+        pictures(compiled, num_inference_steps=1, output_type="latent")
+    assert ("dit::onednn_linear" in {event.key for event in profile.key_averages()}) == (kind is OneDNNLinear)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_onednns_products_are_those_of_float64_and_gradients_are_torchs(bias):
+    torch.manual_seed(0)
+    layer, tokens = OneDNNLinear(1152, 96, bias=bias), torch.randn(2, 5, 1152)
+    with torch.no_grad():
+        exact = layer.double()(tokens.double())
+        torch.testing.assert_close(layer.float()(tokens).double(), exact, atol=1e-5, rtol=0)
+    layer(tokens).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, tokens.sum((0, 1)).expand(96, -1))
+
+
 def test_what_cannot_be_compiled_is_refused_in_one_line():
     cached, offloaded = tiny_pipeline(), tiny_pipeline()
     cached.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
@@ -53,6 +78,11 @@ def test_what_cannot_be_compiled_is_refused_in_one_line():
     accelerate.hooks.add_hook_to_module(offloaded.vae, accelerate.hooks.ModelHook())
     with pytest.raises(ValueError, match=r"^a pipeline with offloading cannot be compiled; leave one of the two$"):
         compile_networks(offloaded)
+
+
+def test_a_compiled_pipeline_is_not_put_into_int8():
+    with pytest.raises(ValueError, match=r"^a compiled pipeline cannot be put into int8; call quantize_int8 "):
+        quantize_int8(compile_networks(tiny_pipeline()))
 
 
 def test_int8_is_not_saved(tmp_path):
@@ -134,4 +164,5 @@ def test_int8_with_packed_matrices_makes_the_shipped_models_pictures_as_nearly_a
     with torch.profiler.profile() as profile:
         pictures(quantized, num_inference_steps=1, output_type="latent")
     called = {event.key for event in profile.key_averages()}
-    assert "onednn::qlinear_pointwise" in called and "aten::_int_mm" not in called
+    with_vnni = "aten::_int_mm" in called  # where torchao takes another of torch's kernels, on activations of uint8
+    assert with_vnni == torch.cpu._is_vnni_supported() and with_vnni != ("onednn::qlinear_pointwise" in called)
