@@ -18,8 +18,8 @@ def compile_networks(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """Compile the transformer and the VAE's decoder, each shape when a call first has it; once, on the pipeline's device.
 
     On a CPU one graph serves all blocks, so that the first picture comes soon, and with AVX-512 oneDNN multiplies the
-    float32 matrices of attention and MLP; blocks of int8 are compiled one by one, with their matrices packed into the program. On a GPU network
-    and guidance become one CUDA graph, and the steps outside a guidance interval another.
+    float32 matrices of attention and MLP; blocks of int8 are compiled one by one, with their matrices packed into the
+    program. On a GPU network and guidance become one CUDA graph, and the steps outside a guidance interval another.
     The limits on how many shapes torch.compile takes are set higher, for the whole process.
     Raises ValueError for a pipeline with offloading or a cache, whose hooks cannot be compiled; ImportError or OSError
     where there is no compiler. Each in one line and with nothing changed.
@@ -130,7 +130,7 @@ def require_compiler(device: torch.device):
 
 
 def is_large_matrix(module: nn.Module, name: str) -> bool:
-    """Whether it is a matrix of attention or MLP, in which all tokens' time goes; not one of the conditioning or the head."""
+    """Whether it is a matrix of attention or MLP, where a step's time goes, and none of the conditioning tower or head."""
     return isinstance(module, nn.Linear) and (".attn1." in name or ".ff." in name)
 
 
