@@ -23,6 +23,7 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
+from torchao.utils import should_reduce_range
 
 from bench.small_model import CLASSES, ROOT, accuracy, distance, judge, mean_spread, sample, to_model_range, to_pictures
 from nets import DiTPipeline
@@ -234,7 +235,7 @@ def main():
     if arguments.presets:
         write_table(arguments.docs / "speed.md", "presets", table(rows_tried, presets))
         strip(pipeline, own, arguments.docs / "presets.png")
-        int8 = f"{name_of(of_preset('fast'))}, int8"
+        int8 = f"{name_of(of_preset('fast'))}, int8 of {7 if should_reduce_range(pipeline.device) else 8} bits"
         if int8 not in results:
             quantized = DiTPipeline.from_pretrained(arguments.model)
             quantized.set_progress_bar_config(disable=True)
