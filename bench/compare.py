@@ -152,7 +152,7 @@ def fresh(mode, folder, arguments):
 
 
 def ceiling(device, dtype, rounds=20):
-    """This machine's matmul, in FLOP/s, the best of some rounds: of a DiT-XL/2's MLP on a CPU, of 8192 squared on a GPU."""
+    """torch's own matmul, in FLOP/s, the best of some rounds: of a DiT-XL/2's MLP on a CPU, of 8192 squared on a GPU."""
     shape, several = ((8192, 8192, 8192), 10) if device == "cuda" else ((1024, 1152, 4608), 1)
     rows, inner, columns = shape
     left = torch.randn((rows, inner), device=device, dtype=getattr(torch, dtype))

@@ -44,7 +44,7 @@ def compile_networks(pipeline: DiffusionPipeline) -> DiffusionPipeline:
             pipeline.predict = with_constants(pipeline.predict)
         elif torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available():
             for name, module in blocks.named_modules():
-                if is_large_matrix(module, name):
+                if is_large_matrix(module, name) and type(module) is nn.Linear and type(module.weight) is nn.Parameter:
                     module.__class__ = OneDNNLinear
         for block in blocks:
             block.compile(**once)
@@ -55,7 +55,11 @@ def compile_networks(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 @torch.library.custom_op("dit::onednn_linear", mutates_args=())
 def onednn_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`F.linear` by oneDNN, which torch uses for half precision alone: (..., in), (out, in), (out,) -> (..., out)."""
+    """`F.linear` of float32 on a CPU by oneDNN, where torch's own takes MKL: (..., in), (out, in), (out,) -> (..., out).
+
+    An operator of our own, because inductor compiles torch's with constant weights alone, which one graph of all blocks
+    does not have.
+    """
     return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
 
 
@@ -65,11 +69,12 @@ def _(input, weight, bias):
 
 
 class OneDNNLinear(nn.Linear):
-    """A linear layer whose float32 products are oneDNN's, where no gradients are wanted: docs/speed.md compares it."""
+    """`nn.Linear` by oneDNN for what is float32, on a CPU and without gradients; faster where there is AVX-512."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
-        if torch.is_grad_enabled() or self.weight.dtype is not torch.float32:
+        if (input.device.type != "cpu" or input.dtype is not torch.float32 or self.weight.dtype is not torch.float32
+                or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
             return super().forward(input)
         return onednn_linear(input, self.weight, self.bias)
 
