@@ -88,7 +88,7 @@ def parse_picture_options(parser, argv):
     settings = {"steps" if name == "num_inference_steps" else name: value
                 for name, value in PRESETS.get(arguments.preset, {}).items()}
     if set(given) & set(settings):
-        parser.error(f"--preset {arguments.preset} sets {', '.join(set(given) & set(settings))}; leave it out")
+        parser.error(f"--preset {arguments.preset} sets {', '.join(set(given) & set(settings))}; give the one or the other")
     for option in options:
         if option not in given:
             setattr(arguments, option, settings.get(option, parser.get_default(option)))

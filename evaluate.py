@@ -139,8 +139,9 @@ def find_output(arguments):
     """The folder of the report, which is not made yet."""
     place = arguments.samples.resolve()
     output = arguments.output or place.with_name(f"{place.name if place.is_dir() else place.stem}-evaluation")
-    if place in (output.resolve(), *output.resolve().parents):
-        raise ValueError(f"{output} is inside the samples, whose number its sheets would raise; choose another --output")
+    for pictures in filter(None, (arguments.samples, arguments.reference, arguments.training)):
+        if pictures.resolve() in (output.resolve(), *output.resolve().parents):
+            raise ValueError(f"{output} is inside {pictures}, whose pictures its sheets would join; give another --output")
     there = next(path for path in (output.resolve(), *output.resolve().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise OSError(f"cannot write into {output}: {there} is no folder that can be written to")

@@ -185,12 +185,15 @@ def test_sixty_pictures_without_classes_and_classes_that_the_parts_lack(sets, tm
     assert np.asarray(Image.open(tmp_path / "few-evaluation/samples.png")).shape == (8 * 84, 2 * 68, 3)
 
 
+@pytest.mark.parametrize("of", ["--samples", "--reference", "--training"])
 @pytest.mark.parametrize("output", ["real", "real/report"])
-def test_a_report_inside_the_samples_is_refused(sets, capsys, output):
+def test_a_report_inside_a_set_of_pictures_is_refused(sets, capsys, of, output):
     before = sorted((sets / "real").iterdir())
-    assert run("--samples", sets / "real", "--reference", sets / "samples", "--output", sets / output, "--features",
+    others = {"--samples": sets / "samples", "--reference": sets / "samples", of: sets / "real"}
+    assert run(*(part for option in others.items() for part in option), "--output", sets / output, "--features",
                ROOT / "model_data/fashion-mnist-classifier") == 2
-    assert "is inside the samples" in capsys.readouterr().err and sorted((sets / "real").iterdir()) == before
+    assert f"{sets / output} is inside {sets / 'real'}, whose" in capsys.readouterr().err
+    assert sorted((sets / "real").iterdir()) == before
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(sets, tmp_path, monkeypatch, capsys):
