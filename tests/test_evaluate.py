@@ -158,15 +158,16 @@ def test_wrong_values_get_one_line_and_nothing_is_written(arguments, named, sets
 
 def test_fashion_mnist_as_reference_has_its_training_set_for_neighbours(fashion_mnist, sets, tmp_path):
     """The command of the README, on drawn pictures; the training set's are other ones than the test set's here."""
+    (data := tmp_path / "data").mkdir()
     for path in fashion_mnist.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+        (data / path.name).write_bytes(path.read_bytes())
     turned = read_fashion_mnist(fashion_mnist, "train")[0][:, 0, 2:30, 2:30].flip(2).numpy()
-    with gzip.open(tmp_path / "train-images-idx3-ubyte.gz", "wb") as file:
+    with gzip.open(data / "train-images-idx3-ubyte.gz", "wb") as file:
         file.write(struct.pack(">IIII", 2051, 30, 28, 28) + np.ascontiguousarray(turned).tobytes())
-    assert run("--samples", sets / "samples", "--reference", tmp_path, "--output", tmp_path / "out") == 0
+    assert run("--samples", sets / "samples", "--reference", data, "--output", tmp_path / "out") == 0
     medians = json.loads((tmp_path / "out/metrics.json").read_text())["nearest"]
     extractor = FeatureExtractor(ROOT / "model_data/fashion-mnist-classifier")
-    test, known = (extractor(read_fashion_mnist(tmp_path, split)[0].expand(-1, 3, -1, -1))[0]
+    test, known = (extractor(read_fashion_mnist(data, split)[0].expand(-1, 3, -1, -1))[0]
                    for split in ("test", "train"))
     assert medians["reference"] == pytest.approx(nearest(test, known)[0].median().item(), rel=1e-4)
     assert medians["reference"] > 0
