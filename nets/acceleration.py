@@ -44,7 +44,7 @@ def compile_networks(pipeline: DiffusionPipeline) -> DiffusionPipeline:
             pipeline.predict = with_constants(pipeline.predict)
         elif torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available():
             for name, module in blocks.named_modules():
-                if is_large_matrix(module, name) and type(module) is nn.Linear and type(module.weight) is nn.Parameter:
+                if is_large_matrix(module, name):
                     module.__class__ = OneDNNLinear
         for block in blocks:
             block.compile(**once)
@@ -135,8 +135,8 @@ def require_compiler(device: torch.device):
 
 
 def is_large_matrix(module: nn.Module, name: str) -> bool:
-    """Whether it is a matrix of attention or MLP, where a step's time goes, and none of the conditioning tower or head."""
-    return isinstance(module, nn.Linear) and (".attn1." in name or ".ff." in name)
+    """Whether it is a plain matrix of attention or MLP, where a step's time goes; not of the conditioning or the head."""
+    return (".attn1." in name or ".ff." in name) and type(module) is nn.Linear and type(module.weight) is nn.Parameter
 
 
 def is_quantized(pipeline: DiffusionPipeline) -> bool:
